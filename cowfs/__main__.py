@@ -1,0 +1,7 @@
+"""``python -m cowfs``: the same as the ``cowfs`` command."""
+
+import sys
+
+from cowfs.cli.main import main
+
+sys.exit(main())

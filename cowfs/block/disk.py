@@ -1,0 +1,509 @@
+"""A disk: a chain of layers, active layer first, read and written as one flat array of bytes.
+
+Everything that formats would otherwise each write for themselves is here: fall-through to the backing,
+copy-on-write of partial clusters, copy-on-read, range locks, short backing files.
+
+Reads and writes come in two forms. ``…_now`` answers without suspending, from cached metadata and the page
+cache, or declines; the awaitable form does whatever is needed. All offsets and lengths are bytes.
+
+Lock order: range lock, then the flush lock of a layer's metadata cache. No lock is held by readers.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import trio
+
+from cowfs.block.alignment import align_down, align_up, split
+from cowfs.block.copyonread import Populator
+from cowfs.block.extent import Extent, Kind
+from cowfs.block.layer import Layer
+from cowfs.block.quiescence import Readers
+from cowfs.block.rangelock import RangeLock
+from cowfs.block.twolevel import TwoLevelImage
+from cowfs.block.writetracker import WriteTracker
+from cowfs.errors import CowfsError, OutOfRange, ReadOnly, Unsupported
+
+log = logging.getLogger(__name__)
+
+#: seconds between the flushes that bound what a crash can lose where no fsync comes
+FLUSH_INTERVAL = 5.0
+#: end of the range that covers a whole disk, however large it grows
+EVERYWHERE = 1 << 63
+
+
+class Piece(NamedTuple):
+    """An extent, and the layer of the chain that it was found in (0 = active)."""
+
+    depth: int
+    extent: Extent
+
+
+@dataclass
+class Stats:
+    """Counters of one disk, since it was opened."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    write_bytes: int = 0
+    flushes: int = 0
+    copied_up_bytes: int = 0
+    copy_on_read_errors: int = 0
+
+
+class Disk:
+    """The chain and what is going on in it. Belongs to one trio thread."""
+
+    def __init__(
+        self, layers: Sequence[Layer], *, copy_on_read: bool = True, flush_interval: float = FLUSH_INTERVAL
+    ) -> None:
+        self.layers: tuple[Layer, ...] = tuple(layers)
+        self.lock = RangeLock()
+        self.readers = Readers()
+        self.stats = Stats()
+        self._share_readers()
+        top = self.layers[0]
+        self.read_only = top.storage.read_only or top.image.unwritable is not None
+        #: what the user asked for; `copies_on_read` says what is in force
+        self.copy_on_read = copy_on_read
+        self._holds_copying = 0
+        self._flush_interval = flush_interval
+        self._trackers: list[WriteTracker] = []
+        self._changed = False
+        self._populator: Populator | None = None
+
+    def _share_readers(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer.image, TwoLevelImage):
+                layer.image.readers = self.readers
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk as the guest sees it."""
+        return self.layers[0].image.size
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes; unit of allocation of the active layer."""
+        return self.layers[0].cluster_size
+
+    # -- where things are
+
+    def _resolve_now(self, layers: tuple[Layer, ...], depth: int, offset: int, length: int) -> list[Piece] | None:
+        extents = layers[depth].map_now(offset, length)
+        if extents is None:
+            return None
+        if depth + 1 == len(layers):
+            return [Piece(depth, extent) for extent in extents]
+        pieces: list[Piece] = []
+        for extent in extents:
+            if extent.kind is Kind.UNALLOCATED:
+                below = self._resolve_now(layers, depth + 1, extent.offset, extent.length)
+                if below is None:
+                    return None
+                pieces += below
+            else:
+                pieces.append(Piece(depth, extent))
+        return pieces
+
+    async def resolve(self, offset: int, length: int, depth: int = 0, *, holes: bool = False) -> list[Piece]:
+        """Which layer holds each part of a range, as seen from layer ``depth``.
+
+        Only the deepest layer's pieces can be unallocated. ``holes`` asks the storages for their holes too.
+        """
+        return await self._resolve(self.layers, depth, offset, length, holes)
+
+    async def _resolve(
+        self, layers: tuple[Layer, ...], depth: int, offset: int, length: int, holes: bool
+    ) -> list[Piece]:
+        layer = layers[depth]
+        extents = await (layer.block_status if holes else layer.map)(offset, length)
+        pieces: list[Piece] = []
+        for extent in extents:
+            if extent.kind is Kind.UNALLOCATED and depth + 1 < len(layers):
+                pieces += await self._resolve(layers, depth + 1, extent.offset, extent.length, holes)
+            else:
+                pieces.append(Piece(depth, extent))
+        return pieces
+
+    # -- reading
+
+    @property
+    def copies_on_read(self) -> bool:
+        """Whether what a read fetches from below stays in the active layer."""
+        return self.copy_on_read and not self._holds_copying and self._populator is not None
+
+    def readinto_now(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` from ``offset`` without suspending; False if that is not possible, ``view`` undefined."""
+        length = len(view)
+        layers = self.layers
+        if offset + length > layers[0].image.size:
+            raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
+        pieces = self._resolve_now(layers, 0, offset, length)
+        if pieces is None:
+            return False
+        from_below = len(layers) > 1 and any(_fetched(piece) for piece in pieces) and self.copies_on_read
+        if from_below and self._populator is not None and not self._populator.has_room:
+            return False
+        if len(pieces) == 1:
+            if not layers[pieces[0].depth].read_now(pieces[0].extent, view):
+                return False
+        else:
+            for depth, extent in pieces:
+                start = extent.offset - offset
+                if not layers[depth].read_now(extent, view[start : start + extent.length]):
+                    return False
+        if from_below and self._populator is not None:
+            self._populator.offer(offset, length)
+        self.stats.reads += 1
+        self.stats.read_bytes += length
+        return True
+
+    async def readinto(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``. Raises `OutOfRange` beyond the end of the disk."""
+        length = len(view)
+        if offset + length > self.size:
+            raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
+        if self.copies_on_read and self._populator is not None and len(self.layers) > 1:
+            await self._populator.room()
+        pieces = await self._read_pieces(0, offset, view)
+        if self.copies_on_read and self._populator is not None and any(map(_fetched, pieces)):
+            self._populator.offer(offset, length)
+        self.stats.reads += 1
+        self.stats.read_bytes += length
+
+    async def read(self, offset: int, length: int, depth: int = 0) -> bytearray:
+        """Content of a range as seen from layer ``depth``; zeros beyond that layer's end. Not copied up."""
+        buffer = bytearray(length)
+        await self._read_pieces(depth, offset, memoryview(buffer))
+        return buffer
+
+    async def _read_pieces(self, depth: int, offset: int, view: memoryview) -> list[Piece]:
+        with self.readers.inside():
+            layers = self.layers
+            pieces = await self._resolve(layers, depth, offset, len(view), holes=False)
+            for found, extent in pieces:
+                start = extent.offset - offset
+                await layers[found].read(extent, view[start : start + extent.length])
+        return pieces
+
+    # -- writing
+
+    def _check_write(self, offset: int, length: int) -> None:
+        if self.read_only:
+            top = self.layers[0]
+            raise ReadOnly(top.image.unwritable or "is open read-only", file=top.name)
+        if offset + length > self.size:
+            raise OutOfRange(f"write beyond the end of the disk at {self.size} bytes")
+
+    def write_now(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
+        """Overwrite allocated space without suspending; False if any of it needs more than that."""
+        length = len(data)
+        self._check_write(offset, length)
+        if not self.lock.is_free(offset, offset + length):
+            return False
+        top = self.layers[0]
+        extents = top.map_now(offset, length)
+        if extents is None:
+            return False
+        for extent in extents:
+            if extent.kind is not Kind.DATA:
+                return False
+        self._about_to_write(offset, length)
+        storage = top.storage
+        if len(extents) == 1:
+            done = storage.write_now(extents[0].host_offset, (data,))
+        else:
+            view = memoryview(data)
+            done = all(
+                storage.write_now(extent.host_offset, (view[extent.offset - offset :][: extent.length],))
+                for extent in extents
+            )
+        if done:
+            self._count_write(length)
+        return done
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write, allocating in the active layer where needed.
+
+        Raises `OutOfRange`, `ReadOnly`, or the storage's error; a range that failed holds old or new content.
+        """
+        length = len(data)
+        self._check_write(offset, length)
+        if not length:
+            return
+        start, end, _, _ = split(offset, length, self.cluster_size)
+        async with self.lock.hold(start, end):
+            self._about_to_write(offset, length)
+            await self._write_layer(0, offset, memoryview(data))
+        self._count_write(length)
+
+    def _about_to_write(self, offset: int, length: int) -> None:
+        self._changed = True
+        for tracker in self._trackers:
+            tracker.mark(offset, length)
+
+    def _count_write(self, length: int) -> None:
+        self.stats.writes += 1
+        self.stats.write_bytes += length
+
+    async def _write_layer(self, depth: int, offset: int, data: memoryview) -> None:
+        """Write into one layer of the chain. The caller holds the clusters."""
+        layer = self.layers[depth]
+        for in_place, extents in _by_treatment(await layer.map(offset, len(data))):
+            start, end = extents[0].offset, extents[-1].end
+            if not in_place:
+                await self._allocate(depth, start, data[start - offset : end - offset])
+                continue
+            for extent in extents:
+                part = data[extent.offset - offset : extent.end - offset]
+                if not layer.storage.write_now(extent.host_offset, (part,)):
+                    await layer.storage.write(extent.host_offset, (part,))
+
+    async def _allocate(self, depth: int, offset: int, data: memoryview) -> None:
+        """Write where the layer has no space of its own yet: copy-on-write of what the data leaves of its clusters."""
+        layer = self.layers[depth]
+        start, end, head, tail = split(offset, len(data), layer.cluster_size)
+        buffers: list[bytes | bytearray | memoryview] = [data]
+        if head:
+            buffers.insert(0, await self.read(start, head, depth))
+        if tail:
+            buffers.append(await self.read(end - tail, tail, depth))
+        await layer.write_clusters(start, buffers)
+
+    async def _zero_layer(self, depth: int, offset: int, length: int) -> None:
+        """Make a range of one layer read as zeros. The caller holds the clusters."""
+        layer = self.layers[depth]
+        first = min(align_up(offset, layer.cluster_size), offset + length)
+        last = max(first, align_down(offset + length, layer.cluster_size))
+        if offset + length == layer.size:
+            last = offset + length
+        if first < last and not await layer.write_zeroes(first, align_up(last, layer.cluster_size) - first):
+            last = first
+        for start, end in ((offset, first), (last, offset + length)):
+            for position in range(start, end, 1 << 20):
+                await self._write_layer(depth, position, memoryview(bytes(min(1 << 20, end - position))))
+
+    # -- copying between layers, for copy-on-read and jobs
+
+    async def copy_up(self, offset: int, length: int) -> int:
+        """Copy into the active layer what it takes from below in a range; returns the bytes that were copied.
+
+        Takes the same lock as a write, and looks at the state under it: what the guest has written meanwhile
+        stays. Clusters that read as zeros are left alone.
+        """
+        start, end, _, _ = split(offset, length, self.cluster_size)
+        end = min(end, self.size)
+        if start >= end or len(self.layers) == 1:
+            return 0
+        copied = 0
+        async with self.lock.hold(start, align_up(end, self.cluster_size)):
+            if len(self.layers) == 1:
+                return 0
+            for extent in await self.layers[0].map(start, end - start):
+                if extent.kind is Kind.UNALLOCATED:
+                    for first, last in await self._data_below(extent):
+                        await self._copy_clusters_up(first, last)
+                        copied += last - first
+        self.stats.copied_up_bytes += copied
+        return copied
+
+    async def _data_below(self, extent: Extent) -> list[tuple[int, int]]:
+        """Whole clusters in an extent for which any layer below holds data: [start, end), cut at the disk's end."""
+        areas: list[tuple[int, int]] = []
+        for piece in await self.resolve(extent.offset, extent.length, 1, holes=True):
+            if piece.extent.kind in (Kind.ZERO, Kind.UNALLOCATED):
+                continue
+            start, end, _, _ = split(piece.extent.offset, piece.extent.length, self.cluster_size)
+            if areas and start <= areas[-1][1]:
+                start = areas.pop()[0]
+            areas.append((start, min(end, self.size)))
+        return areas
+
+    async def _copy_clusters_up(self, start: int, end: int) -> None:
+        data = await self.read(start, end - start, 1)
+        padding = -len(data) % self.cluster_size
+        self._changed = True
+        await self.layers[0].write_clusters(start, [data, bytes(padding)] if padding else [data])
+
+    async def copy_down(self, offset: int, length: int, base: int = 1) -> int:
+        """Copy into layer ``base`` what the layers above it hold in a range; returns the bytes that were copied.
+
+        ``offset`` and ``length`` are multiples of the cluster sizes, but for the end of the disk.
+        """
+        async with self.lock.hold(offset, offset + length):
+            return await self._copy_down(offset, length, base)
+
+    async def _copy_down(self, offset: int, length: int, base: int) -> int:
+        copied = 0
+        for depth, extent in await self.resolve(offset, length, holes=True):
+            if depth >= base:
+                continue
+            if extent.kind is Kind.ZERO:
+                await self._zero_layer(base, extent.offset, extent.length)
+            else:
+                data = await self.read(extent.offset, extent.length)
+                await self._write_layer(base, extent.offset, memoryview(data))
+                copied += extent.length
+        return copied
+
+    async def drop(self, offset: int, length: int, unless: WriteTracker) -> bool:
+        """Forget in the active layer what the layer below holds durably; False if ``unless`` saw a write there.
+
+        ``offset`` and ``length`` are multiples of the cluster size, but for the end of the disk.
+        """
+        end = align_up(offset + length, self.cluster_size)
+        async with self.lock.hold(offset, end):
+            if unless.touched(offset, length):
+                return False
+            await self._drop(offset, end)
+        return True
+
+    async def push_down(self, offset: int, length: int) -> int:
+        """Copy a range down, make it durable there, and drop it, with guests held off that range meanwhile."""
+        end = align_up(offset + length, self.cluster_size)
+        async with self.lock.hold(offset, end):
+            copied = await self._copy_down(offset, length, 1)
+            await self.layers[1].flush()
+            await self._drop(offset, end)
+        return copied
+
+    async def _drop(self, start: int, end: int) -> None:
+        self._changed = True
+        await self.layers[0].deallocate(start, end - start)
+
+    def track_writes(self, chunk: int) -> AbstractContextManager[WriteTracker]:
+        """Record which chunks of ``chunk`` bytes guests write, while the context lasts."""
+        return self._tracking(WriteTracker(chunk))
+
+    @contextmanager
+    def _tracking(self, tracker: WriteTracker) -> Iterator[WriteTracker]:
+        self._trackers.append(tracker)
+        try:
+            yield tracker
+        finally:
+            self._trackers.remove(tracker)
+
+    @contextmanager
+    def copying_on_read_held(self) -> Iterator[None]:
+        """No read is copied up while the context lasts: what a commit moves down must not come back up."""
+        self._holds_copying += 1
+        if self._populator is not None:
+            self._populator.clear()
+        try:
+            yield
+        finally:
+            self._holds_copying -= 1
+
+    # -- the disk as a whole
+
+    async def flush(self) -> None:
+        """Make durable every write that was answered before this call."""
+        self.stats.flushes += 1
+        await self.layers[0].flush()
+
+    async def grow(self, size: int) -> None:
+        """Make the disk larger; the new part reads as zeros, whatever a longer backing file holds there."""
+        self._check_write(0, 0)
+        await self.grow_layer(0, size)
+
+    async def grow_layer(self, depth: int, size: int) -> None:
+        """`grow`, for any layer that is open for writing."""
+        layer = self.layers[depth]
+        if size < layer.size:
+            raise Unsupported("disks can only grow, not shrink", file=layer.name)
+        async with self.lock.hold(0, EVERYWHERE):
+            below = self.layers[depth + 1].size if depth + 1 < len(self.layers) else 0
+            partial = layer.size % layer.cluster_size
+            if below > layer.size and partial:
+                # the rest of the last cluster becomes visible, and must not show the backing file
+                start = layer.size - partial
+                await self._write_layer(depth, start, memoryview(await self.read(start, partial, depth)))
+            await layer.grow(size, zeroed_until=min(size, below))
+
+    async def set_layer_writable(self, depth: int, writable: bool) -> None:
+        """Open a backing layer for writing, or make it read-only again, flushed."""
+        await self.layers[depth].set_writable(writable)
+
+    async def drop_backing(self) -> None:
+        """Make the active layer the whole chain. The caller has seen to it that nothing is taken from below.
+
+        Everything is durable before the header changes, and the header changes at once.
+        """
+        await self.flush()
+        async with self.lock.hold(0, EVERYWHERE):
+            await self.layers[0].set_backing(None)
+            below, self.layers = self.layers[1:], self.layers[:1]
+        await self.readers.gone()
+        for layer in below:
+            await layer.close()
+
+    async def compact(self) -> None:
+        """Give back host space of the active layer that holds nothing; guests wait meanwhile."""
+        async with self.lock.hold(0, EVERYWHERE):
+            await self.flush()
+            await self.layers[0].image.compact()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve what goes on in the background, until cancelled: copy-on-read and the periodic flush."""
+        if self.read_only:
+            task_status.started()
+            return
+        self._populator = Populator(self.cluster_size, self.copy_up)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._populator.run)
+                nursery.start_soon(self._flush_periodically)
+                task_status.started()
+        finally:
+            self.stats.copy_on_read_errors = self._populator.errors
+            self._populator = None
+
+    async def populated(self) -> None:
+        """Wait until what has been read so far is copied up."""
+        if self._populator is not None:
+            await self._populator.drained()
+
+    async def _flush_periodically(self) -> None:
+        """Bound what a crash can lose; once nothing changes any more, take marks of use off the image."""
+        settled = True
+        while True:
+            await trio.sleep(self._flush_interval)
+            try:
+                if self._changed:
+                    self._changed = settled = False
+                    await self.layers[0].flush()
+                elif not settled:
+                    async with self.lock.hold(0, EVERYWHERE):
+                        await self.layers[0].image.settle()
+                    settled = True
+            except CowfsError as error:
+                # not lost: it stays dirty, and the guest's own fsync reports it
+                self._changed = True
+                log.error("periodic flush: %s", error)
+
+    async def close(self) -> None:
+        """Flush and close all layers; the first error is raised after everything is closed."""
+        failure: CowfsError | None = None
+        for layer in self.layers:
+            try:
+                await layer.close()
+            except CowfsError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+def _fetched(piece: Piece) -> bool:
+    """Whether a piece is data that comes from below the active layer."""
+    return piece.depth > 0 and piece.extent.kind in (Kind.DATA, Kind.SHARED, Kind.COMPRESSED)
+
+
+def _by_treatment(extents: list[Extent]) -> list[tuple[bool, list[Extent]]]:
+    """Group neighbours by how they are written: in place, or by allocating."""
+    return [(in_place, list(group)) for in_place, group in groupby(extents, lambda e: e.kind is Kind.DATA)]

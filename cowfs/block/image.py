@@ -1,0 +1,146 @@
+"""What a format must supply, and what it gets for nothing.
+
+An image is one layer: a format driver over one storage. It knows its own metadata: what part of the guest's
+disk it holds, where, and how to allocate more. It knows nothing of other layers, of locks, or of FUSE, and
+trusts its caller, `cowfs.block.layer.Layer`, to stay in range and to serialise changes of the same clusters.
+
+A read-only format supplies `Image.lookup` and nothing else.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from cowfs.block.check import CheckResult
+from cowfs.block.extent import Extent
+from cowfs.block.metacache import Table
+from cowfs.errors import Unsupported
+from cowfs.storage.base import Storage
+
+
+class Backing(NamedTuple):
+    """What an image's header says of its backing file: the name as recorded, and the format if recorded."""
+
+    name: str
+    format: str | None
+
+
+class Run(NamedTuple):
+    """Host space for a stretch of the guest's disk, whole clusters, offsets and length in bytes.
+
+    ``fresh`` tells space that was allocated for this purpose from space that was already kept for the range.
+    """
+
+    offset: int
+    length: int
+    host_offset: int
+    fresh: bool
+
+
+@dataclass
+class Reservation:
+    """Host clusters set aside for a guest range, until they are linked or released."""
+
+    runs: list[Run] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+class Image(ABC):
+    """A format driver over one storage, with the operations that most formats take as they are."""
+
+    #: name of the format, as ``-f`` takes it
+    format: ClassVar[str]
+
+    storage: Storage
+    #: bytes of the guest's disk
+    size: int
+    #: bytes; the unit of allocation. 1 where ranges need no allocation
+    cluster_size: int = 1
+    backing: Backing | None = None
+    #: sentence why this image can be read but not written, whatever the file's permissions
+    unwritable: str | None = None
+
+    @abstractmethod
+    def lookup(self, offset: int, length: int) -> list[Extent] | None:
+        """Say where a range is, from memory: extents in order, without gaps, merged.
+
+        None if metadata is missing that `map` would load. Never suspends, does no data I/O.
+        Raises `CorruptImage` for entries that make no sense.
+        """
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """Like `lookup`, loading what is not in memory."""
+        extents = self.lookup(offset, length)
+        assert extents is not None, "a format that loads metadata must override map"
+        return extents
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """Like `map`, but may take the time to tell holes from data inside what `map` calls data."""
+        return await self.map(offset, length)
+
+    async def read_compressed(self, extent: Extent) -> bytes:
+        """Unpack the whole cluster that a compressed extent lies in."""
+        raise Unsupported(f"{self.format} has no compressed clusters")
+
+    # -- allocation, for formats whose lookup answers anything but data
+
+    async def reserve(self, offset: int, length: int) -> Reservation:
+        """Set host clusters aside for whole clusters of the guest's disk; nothing can be seen of it yet."""
+        raise Unsupported(f"{self.format} cannot allocate")
+
+    def link(self, reservation: Reservation) -> None:
+        """Make the guest range point to the reserved clusters, whose data has been written."""
+        raise Unsupported(f"{self.format} cannot allocate")
+
+    def release(self, reservation: Reservation) -> None:
+        """Give reserved clusters back that were not linked."""
+        raise Unsupported(f"{self.format} cannot allocate")
+
+    async def write_zeroes(self, offset: int, length: int) -> bool:
+        """Make whole clusters read as zeros without writing data; False if the format has no way to."""
+        return False
+
+    async def deallocate(self, offset: int, length: int) -> None:
+        """Forget whole clusters, so that what is below shines through again."""
+        raise Unsupported(f"{self.format} cannot deallocate")
+
+    # -- the image as a whole
+
+    async def flush(self) -> None:
+        """Make data and metadata durable, in an order that is safe at every instant."""
+        await self.storage.flush()
+
+    async def settle(self) -> None:
+        """Writing has gone quiet: take back marks that say that the image is in use."""
+
+    async def compact(self) -> None:
+        """Give back host space that is of no use; nothing else is under way on this image."""
+
+    async def grow(self, size: int, zeroed_until: int) -> None:
+        """Make the disk larger, durably, and at once as far as a crash can tell.
+
+        Up to ``zeroed_until``, if that is beyond the old size, the new part must read as zeros although
+        something below has other bytes there; after that it is left unallocated.
+        """
+        raise Unsupported(f"{self.format} images cannot be resized")
+
+    async def set_backing(self, backing: Backing | None) -> None:
+        """Change the recorded backing file. Everything before is durable first, the change itself atomic."""
+        raise Unsupported(f"{self.format} images have no backing file")
+
+    async def check(self) -> CheckResult:
+        """Look for structural damage and leaks without changing anything."""
+        raise Unsupported(f"{self.format} images cannot be checked")
+
+    def details(self) -> dict[str, Any]:
+        """Facts for ``info``: the ``data`` object of ``qemu-img info --output=json`` under ``format-specific``."""
+        return {}
+
+    async def close(self) -> None:
+        """Flush what is dirty, if writable, and close the storage, also if flushing fails."""
+        try:
+            if not self.storage.read_only:
+                await self.flush()
+                await self.settle()
+        finally:
+            await self.storage.close()

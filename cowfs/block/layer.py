@@ -1,0 +1,207 @@
+"""The one wrapper around every image: checks the contract, emulates what a format does not override.
+
+What lies above (`Disk`, jobs, commands) sees layers only; what lies below (formats) is never asked for
+anything out of range, and never for a change while read-only.
+"""
+
+from collections.abc import Sequence
+
+from cowfs.block.extent import NO_OFFSET, Extent, Kind, merge
+from cowfs.block.image import Backing, Image, Run
+from cowfs.errors import OutOfRange, ReadOnly
+from cowfs.storage.base import Storage
+
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+def fill_zeros(view: memoryview) -> None:
+    """Zero a buffer of any length."""
+    for start in range(0, len(view), len(_ZEROS)):
+        part = view[start : start + len(_ZEROS)]
+        part[:] = _ZEROS[: len(part)]
+
+
+class Layer:
+    """One image of a chain, as the rest of the program uses it. Offsets and lengths are the guest's, in bytes."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._lookup = image.lookup
+
+    @property
+    def storage(self) -> Storage:
+        """Where its bytes live."""
+        return self.image.storage
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return self.image.storage.name
+
+    @property
+    def format(self) -> str:
+        """Name of its format."""
+        return self.image.format
+
+    @property
+    def size(self) -> int:
+        """Bytes of the guest's disk."""
+        return self.image.size
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes; writes of less copy the rest. 1 where there is no such unit."""
+        return self.image.cluster_size
+
+    @property
+    def backing(self) -> Backing | None:
+        """What its header says of its backing file."""
+        return self.image.backing
+
+    # -- mapping
+
+    def map_now(self, offset: int, length: int) -> list[Extent] | None:
+        """`Image.lookup`, with zeros after the end of the layer: nothing deeper shines through there."""
+        beyond = offset + length - self.image.size
+        if beyond <= 0:
+            return self._lookup(offset, length)
+        if beyond >= length:
+            return [Extent(Kind.ZERO, offset, length, NO_OFFSET)]
+        extents = self._lookup(offset, length - beyond)
+        return None if extents is None else self._padded(extents, beyond)
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """Like `map_now`, loading metadata where needed."""
+        inside = min(length, self.size - offset)
+        extents = await self.image.map(offset, inside) if inside > 0 else []
+        return self._padded(extents, length - max(inside, 0), offset)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """Like `map`, with the holes that the storage knows of as zeros."""
+        inside = min(length, self.size - offset)
+        extents = await self.image.block_status(offset, inside) if inside > 0 else []
+        return self._padded(extents, length - max(inside, 0), offset)
+
+    @staticmethod
+    def _padded(extents: list[Extent], beyond: int, offset: int = 0) -> list[Extent]:
+        if beyond <= 0:
+            return extents
+        start = extents[-1].end if extents else offset
+        return merge([*extents, Extent(Kind.ZERO, start, beyond, NO_OFFSET)])
+
+    # -- reading
+
+    def read_now(self, extent: Extent, view: memoryview) -> bool:
+        """Fill ``view`` with an extent's content on the spot; False if that has to wait."""
+        kind = extent.kind
+        if kind <= Kind.SHARED:
+            return self.image.storage.read_now(extent.host_offset, (view,))
+        if kind is Kind.ZERO or kind is Kind.UNALLOCATED:
+            fill_zeros(view)
+            return True
+        return False
+
+    async def read(self, extent: Extent, view: memoryview) -> None:
+        """Fill ``view`` with an extent's content; what is not allocated reads as zeros."""
+        if extent.kind is Kind.COMPRESSED:
+            cluster = memoryview(await self.image.read_compressed(extent))
+            within = extent.offset % self.cluster_size
+            view[:] = cluster[within : within + extent.length]
+        elif not self.read_now(extent, view):
+            await self.storage.read(extent.host_offset, (view,))
+
+    # -- writing
+
+    def require_writable(self) -> None:
+        """Raise `ReadOnly`, with the reason, unless the layer can be written."""
+        if self.image.unwritable is not None:
+            raise ReadOnly(self.image.unwritable, file=self.name)
+        if self.storage.read_only:
+            raise ReadOnly("is open read-only", file=self.name)
+
+    def _check_write(self, offset: int, length: int) -> None:
+        self.require_writable()
+        if offset + length > self.size:
+            raise OutOfRange(f"write beyond the end of the disk at {self.size} bytes", file=self.name)
+
+    async def write_clusters(self, offset: int, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write whole clusters to newly allocated space, then link it; all of it or, on an error, none.
+
+        The last cluster may reach beyond the end of the disk.
+        """
+        length = sum(map(len, buffers))
+        self._check_write(offset, min(length, self.size - offset))
+        reservation = await self.image.reserve(offset, length)
+        try:
+            rest = [memoryview(buffer) for buffer in buffers]
+            for host, size in adjacent(reservation.runs):
+                part, rest = _cut(rest, size)
+                if not self.storage.write_now(host, part):
+                    await self.storage.write(host, part)
+        except BaseException:
+            self.image.release(reservation)
+            raise
+        self.image.link(reservation)
+
+    async def write_zeroes(self, offset: int, length: int) -> bool:
+        """Make whole clusters read as zeros without data; False if the format cannot."""
+        self._check_write(offset, min(length, self.size - offset))
+        return await self.image.write_zeroes(offset, length)
+
+    async def deallocate(self, offset: int, length: int) -> None:
+        """Forget whole clusters."""
+        self._check_write(offset, min(length, self.size - offset))
+        await self.image.deallocate(offset, length)
+
+    # -- the layer as a whole
+
+    async def flush(self) -> None:
+        """Make everything durable that was written before."""
+        if not self.storage.read_only:
+            await self.image.flush()
+
+    async def grow(self, size: int, zeroed_until: int) -> None:
+        """Make the disk larger; see `Image.grow`."""
+        self.require_writable()
+        await self.image.grow(size, zeroed_until)
+
+    async def set_backing(self, backing: Backing | None) -> None:
+        """Change the recorded backing file."""
+        self.require_writable()
+        await self.image.set_backing(backing)
+
+    async def set_writable(self, writable: bool) -> None:
+        """Change between reading and writing; on the way back everything is flushed and settled first."""
+        if writable:
+            if self.image.unwritable is not None:
+                raise ReadOnly(self.image.unwritable, file=self.name)
+        elif not self.storage.read_only:
+            await self.image.flush()
+            await self.image.settle()
+        await self.storage.reopen(writable=writable)
+
+    async def close(self) -> None:
+        """Flush and close."""
+        await self.image.close()
+
+
+def adjacent(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    """Join runs that follow each other in the storage: (host offset, length)."""
+    joined: list[tuple[int, int]] = []
+    for run in runs:
+        if joined and sum(joined[-1]) == run.host_offset:
+            host, size = joined.pop()
+            joined.append((host, size + run.length))
+        else:
+            joined.append((run.host_offset, run.length))
+    return joined
+
+
+def _cut(views: list[memoryview], size: int) -> tuple[list[memoryview], list[memoryview]]:
+    """Split a list of buffers after ``size`` bytes."""
+    for index, view in enumerate(views):
+        if len(view) >= size:
+            rest = [view[size:]] if len(view) > size else []
+            return [*views[:index], view[:size]], rest + views[index + 1 :]
+        size -= len(view)
+    raise ValueError("buffers are shorter than asked")

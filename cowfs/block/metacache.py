@@ -1,0 +1,243 @@
+"""The metadata cache: tables of an image in memory, written back in an order that survives a power cut.
+
+Every table belongs to a level. A flush writes level after level, with a flush of the storage between them,
+so nothing reaches the disk before what it refers to:
+
+====================  ====================================================================================
+``BODY``              what nothing on disk points to yet (fresh tables), and counts that may safely be too
+                      high; ordered together with the guest's data
+``COUNTS_LINK``       the way to the reference counts: refcount table entries, the header
+``LINK``              the way to guest data: entries of tables that can be reached on disk
+====================  ====================================================================================
+
+A flush that finds only data and ``BODY`` costs one flush of the storage; with ``LINK`` it costs two, with
+``COUNTS_LINK`` besides (rare: a refcount block was added) three.
+
+The state that a flush writes is taken in one breath at its start. What changes while it is under way is
+dirty again, for the next one.
+"""
+
+import sys
+from array import array
+from collections import OrderedDict
+from enum import IntEnum
+from typing import Literal
+
+import trio
+
+from cowfs.errors import CorruptImage
+from cowfs.storage.base import Storage
+
+#: bytes; the grain in which dirt is tracked and written
+PAGE = 4096
+#: bytes of clean tables that one image keeps, by default
+DEFAULT_BOUND = 32 << 20
+
+ByteOrder = Literal["little", "big"]
+
+
+class Level(IntEnum):
+    """When a table is written; see the module's text."""
+
+    BODY = 0
+    COUNTS_LINK = 1
+    LINK = 2
+
+
+class Table:
+    """One table (L1, L2, refcount table or block, header sector): its entries in native byte order.
+
+    ``fresh`` says that nothing on disk leads to it yet. ``pins`` counts who keeps it from being evicted.
+    """
+
+    __slots__ = ("dirty", "entries", "fresh", "level", "offset", "pins")
+
+    def __init__(self, offset: int, entries: "array[int]", level: Level, *, fresh: bool) -> None:
+        self.offset = offset
+        self.entries = entries
+        self.level = level
+        self.fresh = fresh
+        self.pins = 0
+        self.dirty: set[int] = set(range(-(-self.size // PAGE))) if fresh else set()
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.entries) * self.entries.itemsize
+
+    def set(self, index: int, value: int) -> None:
+        """Change one entry and mark its page dirty."""
+        self.entries[index] = value
+        self.dirty.add(index * self.entries.itemsize // PAGE)
+
+    def page(self, number: int, order: ByteOrder) -> bytes:
+        """Return the bytes of one page as they stand on disk."""
+        size = self.entries.itemsize
+        part = self.entries[number * PAGE // size : (number + 1) * PAGE // size]
+        if order != sys.byteorder:
+            part.byteswap()
+        return part.tobytes()
+
+
+class _Snapshot:
+    """What one flush writes: pages by level, and the tables that it makes reachable."""
+
+    def __init__(self) -> None:
+        self.pages: dict[Level, list[tuple[Table, int, bytes]]] = {level: [] for level in Level}
+        self.fresh: list[Table] = []
+
+    def put_back(self) -> None:
+        for pages in self.pages.values():
+            for table, number, _ in pages:
+                table.dirty.add(number)
+
+
+class MetadataCache:
+    """The tables of one image, by host offset. Belongs to one trio thread."""
+
+    def __init__(self, storage: Storage, order: ByteOrder, *, bound: int = DEFAULT_BOUND) -> None:
+        self._storage = storage
+        self._order: ByteOrder = order
+        self._bound = bound
+        self._bytes = 0
+        self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._kept: list[Table] = []
+        self._loading: dict[int, trio.Event] = {}
+        self._lock = trio.Lock()
+        self._flushes_wanted = 0
+        self._flushes_done = 0
+
+    def get(self, offset: int) -> Table | None:
+        """Return the table at a host offset, if it is in memory."""
+        table = self._tables.get(offset)
+        if table is not None:
+            self._tables.move_to_end(offset)
+        return table
+
+    async def load(self, offset: int, size: int, typecode: str, level: Level, what: str) -> Table:
+        """Return the table at ``offset``, reading ``size`` bytes at most once for all who ask.
+
+        Raises `CorruptImage`, naming ``what``, where the file ends before the table does.
+        """
+        while (table := self.get(offset)) is None:
+            if (under_way := self._loading.get(offset)) is not None:
+                await under_way.wait()
+                continue
+            self._loading[offset] = trio.Event()
+            try:
+                table = Table(offset, await self.read(offset, size, typecode, what), level, fresh=False)
+                self._insert(table)
+            finally:
+                self._loading.pop(offset).set()
+        return table
+
+    async def read(self, offset: int, size: int, typecode: str, what: str) -> "array[int]":
+        """Read a table's entries without keeping them."""
+        if offset + size > self._storage.length:
+            raise CorruptImage(f"{what} at offset {offset:#x} lies beyond the end of the file")
+        entries = array(typecode, bytes(size))
+        views = [memoryview(entries).cast("B")]
+        if not self._storage.read_now(offset, views):
+            await self._storage.read(offset, views)
+        if self._order != sys.byteorder:
+            entries.byteswap()
+        return entries
+
+    def add(self, table: Table) -> Table:
+        """Take in a table that was made in memory."""
+        self._insert(table)
+        return table
+
+    def keep(self, table: Table) -> Table:
+        """Take in a table that stays in memory as long as the image is open (L1, refcount table, header)."""
+        self._kept.append(table)
+        return table
+
+    def forget(self, table: Table) -> None:
+        """Drop a table whose place in the file is given up; its dirt goes with it."""
+        if self._tables.get(table.offset) is table:
+            del self._tables[table.offset]
+            self._bytes -= table.size
+        elif table in self._kept:
+            self._kept.remove(table)
+
+    def _insert(self, table: Table) -> None:
+        self._tables[table.offset] = table
+        self._bytes += table.size
+        if self._bytes > self._bound:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Drop clean tables that nobody pins, least recently used first, down to the bound."""
+        excess = self._bytes - self._bound
+        newest = next(reversed(self._tables), None)
+        victims = []
+        for offset, table in self._tables.items():
+            if excess <= 0:
+                break
+            if not (table.dirty or table.pins or offset == newest):
+                victims.append(offset)
+                excess -= table.size
+        for offset in victims:
+            self._bytes -= self._tables.pop(offset).size
+
+    async def relieve(self) -> None:
+        """Flush if dirty tables alone fill the cache; called before more are dirtied."""
+        if self._bytes > 2 * self._bound:
+            await self.flush()
+            self._evict()
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether a flush would write any table."""
+        return any(table.dirty for table in (*self._kept, *self._tables.values()))
+
+    async def flush(self) -> None:
+        """Make durable all data and metadata as they are at some moment after this call.
+
+        Calls that come while one is under way share the next one. A failure leaves everything dirty that may
+        not have reached the disk.
+        """
+        self._flushes_wanted += 1
+        mine = self._flushes_wanted
+        async with self._lock:
+            if self._flushes_done >= mine:
+                return
+            covered = self._flushes_wanted
+            await self._flush_once()
+            self._flushes_done = covered
+
+    async def _flush_once(self) -> None:
+        snapshot = self._take()
+        try:
+            for level in Level:
+                pages = snapshot.pages[level]
+                if level > Level.BODY and pages:
+                    await self._storage.flush()
+                    _reached(snapshot)
+                for table, number, data in pages:
+                    await self._storage.write(table.offset + number * PAGE, [data])
+            await self._storage.flush()
+            _reached(snapshot)
+        except BaseException:
+            snapshot.put_back()
+            raise
+
+    def _take(self) -> _Snapshot:
+        snapshot = _Snapshot()
+        for table in (*self._kept, *self._tables.values()):
+            if table.dirty:
+                level = Level.BODY if table.fresh else table.level
+                pages = snapshot.pages[level]
+                pages += [(table, number, table.page(number, self._order)) for number in sorted(table.dirty)]
+                table.dirty.clear()
+            if table.fresh:
+                snapshot.fresh.append(table)
+        return snapshot
+
+
+def _reached(snapshot: _Snapshot) -> None:
+    """The first levels are durable: fresh tables are whole on disk, and what leads to them may follow."""
+    for table in snapshot.fresh:
+        table.fresh = False
+    snapshot.fresh.clear()

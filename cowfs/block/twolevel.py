@@ -1,0 +1,364 @@
+"""Formats that map clusters through two levels of tables: an L1 table that points to L2 tables.
+
+Everything that such formats have in common is here: walking, loading, allocating in runs, linking, freeing.
+A format supplies what its entries mean and where its clusters come from.
+
+Host space that a change lets go of is handed back only when the change is durable and no reader is left that
+might have looked the old place up before.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cowfs.block.alignment import align_up
+from cowfs.block.extent import NO_OFFSET, Extent, Kind, continues, merge
+from cowfs.block.image import Image, Reservation, Run
+from cowfs.block.metacache import MetadataCache, Table
+from cowfs.block.quiescence import Mark, Readers
+from cowfs.errors import Unsupported
+
+
+class _Dropped(NamedTuple):
+    """A reference that was given up: an L2 entry as it stood, or the host offset of an L2 table."""
+
+    value: int
+    is_table: bool
+
+
+class _Span(NamedTuple):
+    """The part of a range that one L2 table maps: its L1 index, and the entries from ``first`` up to ``end``."""
+
+    l1_index: int
+    first: int
+    end: int
+
+
+class TwoLevelImage(Image):
+    """An image mapped by an L1 table, always in memory, and L2 tables, cached.
+
+    Set up by the format: ``cluster_bits``, ``table_bits`` (log2 of the entries of an L2 table), ``l1``,
+    ``tables``.
+    """
+
+    cluster_bits: int
+    table_bits: int
+    l1: Table
+    tables: MetadataCache
+
+    def __init__(self) -> None:
+        self.readers = Readers()
+        # given up in memory; given up on disk too, with the readers who may still be in there
+        self._dropped: list[_Dropped] = []
+        self._freeing: list[tuple[_Dropped, Mark]] = []
+
+    # -- what a format says of its entries
+
+    @abstractmethod
+    def table_offset(self, l1_entry: int) -> int:
+        """Host offset of the L2 table that an L1 entry points to; 0 for none."""
+
+    @abstractmethod
+    def owns_table(self, l1_entry: int) -> bool:
+        """Whether that L2 table may be changed where it is."""
+
+    @abstractmethod
+    def decode(self, entry: int) -> tuple[Kind, int]:
+        """Kind and host offset that an L2 entry stands for; `CorruptImage` if it makes no sense."""
+
+    @abstractmethod
+    def encode(self, host_offset: int) -> int:
+        """Return the L2 entry for data at a host offset that belongs to this entry alone."""
+
+    @abstractmethod
+    def zero_entry(self) -> int | None:
+        """Return the L2 entry of a cluster that reads as zeros; None if the format has none."""
+
+    @abstractmethod
+    def table_entry(self, host_offset: int) -> int:
+        """Return the L1 entry for an L2 table that belongs to this entry alone."""
+
+    # -- what a format says of its space
+
+    @abstractmethod
+    async def prepare(self) -> None:
+        """Do whatever must be durable before the first change to the metadata."""
+
+    @abstractmethod
+    async def allocate(self, count: int) -> tuple[int, int]:
+        """Take up to ``count`` adjacent clusters: (host offset, how many). Reserved on return, in one breath."""
+
+    @abstractmethod
+    async def load_table(self, host_offset: int) -> Table:
+        """Return the L2 table at a host offset, from the cache or the storage."""
+
+    @abstractmethod
+    async def allocate_table(self) -> int:
+        """Take the adjacent clusters of one L2 table and return their host offset, in one breath."""
+
+    @abstractmethod
+    def make_table(self, host_offset: int, source: Table | None) -> Table:
+        """Put an L2 table into the cache, empty or with another's entries, as the fresh content of its place."""
+
+    @abstractmethod
+    async def free_entry(self, entry: int) -> None:
+        """Drop one reference to what an L2 entry pointed to; nothing on disk refers to it any more."""
+
+    @abstractmethod
+    async def free_table(self, host_offset: int) -> None:
+        """Drop one reference to an L2 table; see `free_entry`."""
+
+    @abstractmethod
+    async def grow_l1(self, size: int) -> None:
+        """Make L1 large enough for a disk of ``size`` bytes; `Unsupported` if the format cannot."""
+
+    @abstractmethod
+    async def record_size(self, size: int) -> None:
+        """Write the disk's size into the header, durably; everything else is durable already."""
+
+    # -- mapping
+
+    def spans(self, offset: int, length: int) -> Iterator[_Span]:
+        """Cut a byte range, rounded out to clusters, at the borders of L2 tables."""
+        cluster = offset >> self.cluster_bits
+        end = (offset + length + self.cluster_size - 1) >> self.cluster_bits
+        entries = 1 << self.table_bits
+        while cluster < end:
+            first = cluster & (entries - 1)
+            count = min(entries - first, end - cluster)
+            yield _Span(cluster >> self.table_bits, first, first + count)
+            cluster += count
+
+    def lookup(self, offset: int, length: int) -> list[Extent] | None:
+        """Walk the tables that are in memory."""
+        index = offset >> self.cluster_bits
+        entries = 1 << self.table_bits
+        if (index & (entries - 1)) + ((offset & (self.cluster_size - 1)) + length >> self.cluster_bits) < entries:
+            return self._lookup_span(offset, length)
+        extents: list[Extent] = []
+        width = self.cluster_bits + self.table_bits
+        end = offset + length
+        while offset < end:
+            part = min(end, ((offset >> width) + 1) << width)
+            found = self._lookup_span(offset, part - offset)
+            if found is None:
+                return None
+            extents += found
+            offset = part
+        return merge(extents)
+
+    def _lookup_span(self, offset: int, length: int) -> list[Extent] | None:
+        """`lookup` within one L2 table."""
+        bits = self.cluster_bits
+        table_offset = self.table_offset(self.l1.entries[offset >> bits >> self.table_bits])
+        if not table_offset:
+            return [Extent(Kind.UNALLOCATED, offset, length, NO_OFFSET)]
+        table = self.tables.get(table_offset)
+        if table is None:
+            return None
+        entries = table.entries
+        index = (offset >> bits) & ((1 << self.table_bits) - 1)
+        size = self.cluster_size
+        within = offset & (size - 1)
+        kind, host = self.decode(entry := entries[index])
+        if within + length <= size:
+            if host != NO_OFFSET and kind is not Kind.COMPRESSED:
+                host += within
+            return [Extent(kind, offset, length, host)]
+        extents = []
+        end = offset + length
+        start = offset
+        while True:
+            # one run: entries that go on where the one before stopped
+            step = 0 if host == NO_OFFSET else size
+            position = (start & -size) + size
+            index += 1
+            if kind is not Kind.COMPRESSED:
+                host += within if step else 0
+                while position < end and entries[index] == entry + step:
+                    entry += step
+                    index += 1
+                    position += size
+            position = min(position, end)
+            extents.append(Extent(kind, start, position - start, host))
+            if position == end:
+                return merge(extents) if len(extents) > 1 else extents
+            start = position
+            within = 0
+            kind, host = self.decode(entry := entries[index])
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """Look up table by table, so that a range larger than the cache is walked all the same."""
+        extents: list[Extent] = []
+        width = self.cluster_bits + self.table_bits
+        end = offset + length
+        while offset < end:
+            part = min(end, ((offset >> width) + 1) << width)
+            while (found := self._lookup_span(offset, part - offset)) is None:
+                await self.load_table(self.table_offset(self.l1.entries[offset >> width]))
+            if extents and continues(extents[-1], found[0]):
+                found = merge([extents.pop(), *found])
+            extents += found
+            offset = part
+        return extents
+
+    # -- changing
+
+    async def _writable_table(self, l1_index: int) -> Table:
+        """Return the L2 table of an L1 entry, pinned; made, or copied if something shares it, where needed."""
+        while True:
+            entry = self.l1.entries[l1_index]
+            offset = self.table_offset(entry)
+            old = await self.load_table(offset) if offset else None
+            if self.l1.entries[l1_index] != entry:
+                continue
+            if old is not None and self.owns_table(entry):
+                old.pins += 1
+                return old
+            host = await self.allocate_table()
+            if self.l1.entries[l1_index] != entry:
+                # somebody made it meanwhile
+                self._dropped.append(_Dropped(host, is_table=True))
+                continue
+            table = self.make_table(host, old)
+            table.pins += 1
+            self.l1.set(l1_index, self.table_entry(host))
+            if offset:
+                self._dropped.append(_Dropped(offset, is_table=True))
+            return table
+
+    async def reserve(self, offset: int, length: int) -> Reservation:
+        """Take clusters in runs as long as the space allows; runs of requests side by side do not wait."""
+        await self.prepare()
+        await self.tables.relieve()
+        reservation = Reservation()
+        try:
+            for span in self.spans(offset, length):
+                table = await self._writable_table(span.l1_index)
+                reservation.tables.append(table)
+                await self._reserve_span(reservation, span, table)
+        except BaseException:
+            self.release(reservation)
+            raise
+        return reservation
+
+    async def _reserve_span(self, reservation: Reservation, span: _Span, table: Table) -> None:
+        runs = reservation.runs
+        position = (span.l1_index << self.table_bits) + span.first << self.cluster_bits
+        index, end = span.first, span.end
+        while index < end:
+            kept = self._kept_space(table.entries[index])
+            if kept != NO_OFFSET:
+                runs.append(Run(position, self.cluster_size, kept, fresh=False))
+                taken = 1
+            else:
+                wanted = 1
+                while index + wanted < end and self._kept_space(table.entries[index + wanted]) == NO_OFFSET:
+                    wanted += 1
+                host, taken = await self.allocate(wanted)
+                runs.append(Run(position, taken << self.cluster_bits, host, fresh=True))
+            index += taken
+            position += taken << self.cluster_bits
+
+    def _kept_space(self, entry: int) -> int:
+        """Host offset of space that a zero cluster keeps and nothing else uses."""
+        kind, host = self.decode(entry)
+        if kind is Kind.ZERO and host != NO_OFFSET and self.encode(host) | (self.zero_entry() or 0) == entry:
+            return host
+        return NO_OFFSET
+
+    def link(self, reservation: Reservation) -> None:
+        """Point the entries to the reserved clusters; what they pointed to before is dropped."""
+        for run in reservation.runs:
+            host = run.host_offset
+            for span in self.spans(run.offset, run.length):
+                table = self.tables.get(self.table_offset(self.l1.entries[span.l1_index]))
+                assert table is not None, "pinned by reserve"
+                for index in range(span.first, span.end):
+                    if run.fresh:
+                        self._drop(table.entries[index])
+                    table.set(index, self.encode(host))
+                    host += self.cluster_size
+        self._unpin(reservation)
+
+    def release(self, reservation: Reservation) -> None:
+        """Give the fresh clusters back; they were never referenced."""
+        self._unpin(reservation)
+        for run in reservation.runs:
+            if run.fresh:
+                for host in range(run.host_offset, run.host_offset + run.length, self.cluster_size):
+                    self._drop(self.encode(host))
+        reservation.runs.clear()
+
+    def _unpin(self, reservation: Reservation) -> None:
+        for table in reservation.tables:
+            table.pins -= 1
+        reservation.tables.clear()
+
+    async def write_zeroes(self, offset: int, length: int) -> bool:
+        """Enter zero clusters, and let the space go."""
+        entry = self.zero_entry()
+        if entry is None:
+            return False
+        await self._set_all(offset, length, entry)
+        return True
+
+    async def deallocate(self, offset: int, length: int) -> None:
+        """Enter that nothing is allocated."""
+        await self._set_all(offset, length, 0)
+
+    async def _set_all(self, offset: int, length: int, value: int) -> None:
+        await self.prepare()
+        await self.tables.relieve()
+        for span in self.spans(offset, length):
+            if not value and not self.table_offset(self.l1.entries[span.l1_index]):
+                continue
+            table = await self._writable_table(span.l1_index)
+            for index in range(span.first, span.end):
+                if table.entries[index] != value:
+                    self._drop(table.entries[index])
+                    table.set(index, value)
+            table.pins -= 1
+
+    async def grow(self, size: int, zeroed_until: int) -> None:
+        """Make room in L1, hide what is below behind zero clusters, and record the new size last."""
+        await self.prepare()
+        await self.grow_l1(size)
+        start = align_up(self.size, self.cluster_size)
+        end = align_up(zeroed_until, self.cluster_size)
+        if start < end and not await self.write_zeroes(start, end - start):
+            raise Unsupported(f"this version of {self.format} cannot hide a longer backing file when it grows")
+        await self.flush()
+        await self.record_size(size)
+        self.size = size
+
+    # -- giving back
+
+    def _drop(self, entry: int) -> None:
+        """Remember that an entry no longer refers to its space."""
+        kind, host = self.decode(entry)
+        if kind is not Kind.UNALLOCATED and host != NO_OFFSET:
+            self._dropped.append(_Dropped(entry, is_table=False))
+
+    async def flush(self) -> None:
+        """Flush, then hand back the space that was let go of before, once no reader can be in it."""
+        dropped, self._dropped = self._dropped, []
+        mark = self.readers.mark()
+        try:
+            await self.tables.flush()
+        except BaseException:
+            self._dropped = dropped + self._dropped
+            raise
+        self._freeing += [(reference, mark) for reference in dropped]
+        await self._free_ready()
+
+    async def _free_ready(self) -> None:
+        waiting = [item for item in self._freeing if not item[1].passed]
+        ready = [reference for reference, mark in self._freeing if mark.passed]
+        self._freeing = waiting
+        while ready:
+            reference = ready.pop()
+            if reference.is_table:
+                await self.free_table(reference.value)
+            else:
+                await self.free_entry(reference.value)

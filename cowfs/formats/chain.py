@@ -1,0 +1,107 @@
+"""Opening a chain: an image, the backing file that it names, the one that this names, and so on."""
+
+import os.path
+import re
+from typing import NamedTuple
+
+from cowfs.block.disk import FLUSH_INTERVAL, Disk
+from cowfs.block.image import Backing, Image
+from cowfs.block.layer import Layer
+from cowfs.errors import CowfsError, InvalidImage, Unsupported
+from cowfs.formats.registry import Format, format_named, probe
+from cowfs.storage import open_storage
+
+#: layers; a longer chain is taken for a mistake
+MAX_DEPTH = 256
+
+_PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+
+
+class Source(NamedTuple):
+    """A file to open as a layer; no ``format`` means that the file's first bytes tell."""
+
+    name: str
+    format: str | None
+
+
+async def open_image(name: str, format: str | None = None, *, writable: bool = False) -> Image:
+    """Open one image without its backing. Errors name the file."""
+    storage = await open_storage(name, writable=writable)
+    try:
+        driver: Format = format_named(format) if format else await probe(storage)
+        return await driver.open(storage)
+    except CowfsError as error:
+        await storage.close()
+        if error.file is None:
+            error.file = name
+        raise
+    except BaseException:
+        await storage.close()
+        raise
+
+
+async def open_chain(name: str, format: str | None = None, *, writable: bool = False) -> list[Layer]:
+    """Open an image and everything below it, active layer first; only the first is opened for writing.
+
+    Raises the first error met, after closing what was opened; a cycle is `InvalidImage`.
+    """
+    layers: list[Layer] = []
+    seen: set[tuple[object, ...]] = set()
+    source: Source | None = Source(name, format)
+    try:
+        while source is not None:
+            image = await _open_member(source, layers, writable=writable and not layers)
+            layers.append(Layer(image))
+            if image.storage.identity in seen:
+                raise InvalidImage("the chain of backing files comes back to this file", file=source.name)
+            seen.add(image.storage.identity)
+            if len(layers) > MAX_DEPTH:
+                raise InvalidImage(f"the chain has more than {MAX_DEPTH} layers", file=name)
+            source = backing_source(source.name, image.backing) if image.backing else None
+    except BaseException:
+        for layer in layers:
+            await layer.storage.close()
+        raise
+    return layers
+
+
+async def _open_member(source: Source, above: list[Layer], *, writable: bool) -> Image:
+    try:
+        return await open_image(source.name, source.format, writable=writable)
+    except CowfsError as error:
+        if above:
+            error.message += f" (backing file of {above[-1].name})"
+        raise
+
+
+async def open_disk(
+    name: str,
+    format: str | None = None,
+    *,
+    writable: bool = False,
+    copy_on_read: bool = True,
+    flush_interval: float = FLUSH_INTERVAL,
+) -> Disk:
+    """Open a chain as a disk. ``writable`` demands that the active layer can be written."""
+    layers = await open_chain(name, format, writable=writable)
+    try:
+        if writable:
+            layers[0].require_writable()
+        return Disk(layers, copy_on_read=copy_on_read, flush_interval=flush_interval)
+    except BaseException:
+        for layer in layers:
+            await layer.storage.close()
+        raise
+
+
+def backing_source(name: str, backing: Backing) -> Source:
+    """Return what an image's backing file name stands for: relative names lie beside the image that names them.
+
+    Raises `Unsupported` for names that are no files.
+    """
+    text = backing.name
+    if text.startswith("file:"):
+        text = text.removeprefix("file:").removeprefix("//")
+    elif (protocol := _PROTOCOL.match(text)) is not None:
+        raise Unsupported(f"its backing file '{text}' is no local file ('{protocol[1]}')", file=name)
+    return Source(os.path.join(os.path.dirname(name), text), backing.format)  # noqa: PTH118, PTH120

@@ -1,0 +1,56 @@
+"""The formats that cowfs knows, and how to tell which one a file has."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
+
+from cowfs.block.image import Backing, Image
+from cowfs.errors import UsageError
+from cowfs.formats import qcow2, qed, raw
+from cowfs.storage import Storage
+
+#: bytes at the start of a file that are enough to tell its format
+PROBE_BYTES = 512
+
+#: ``create -o``: option name to text
+Options = Mapping[str, str]
+
+
+class Format(NamedTuple):
+    """One format, as the rest of the program reaches it.
+
+    ``open`` reads the header and raises `InvalidImage`, `CorruptImage` or `Unsupported`; the storage stays the
+    caller's to close if it does. ``probe`` says whether a file that starts with some bytes has this format.
+    ``create`` fills an empty storage: size in bytes, backing, options; ``options`` lists what it takes, with a
+    line of help for each.
+    """
+
+    name: str
+    open: Callable[[Storage], Awaitable[Image]]
+    probe: Callable[[bytes], bool]
+    create: Callable[[Storage, int, Backing | None, Options], Awaitable[None]]
+    options: Mapping[str, str]
+    has_backing: bool
+
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format("qcow2", qcow2.open_image, qcow2.probe, qcow2.create, qcow2.OPTIONS, has_backing=True),
+        Format("qed", qed.open_image, qed.probe, qed.create, qed.OPTIONS, has_backing=True),
+        Format("raw", raw.open_image, raw.probe, raw.create, raw.OPTIONS, has_backing=False),
+    )
+}
+
+
+def format_named(name: str) -> Format:
+    """Return the format of a name; `UsageError` says which there are."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise UsageError(f"unknown format '{name}'; cowfs knows {', '.join(FORMATS)}") from None
+
+
+async def probe(storage: Storage) -> Format:
+    """Tell a file's format from its first bytes; what nothing else claims is raw."""
+    head = await storage.read_bytes(0, min(PROBE_BYTES, storage.length))
+    return next(format for format in FORMATS.values() if format.probe(head))

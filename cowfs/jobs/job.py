@@ -1,0 +1,181 @@
+"""The life of a job: start, progress, pause, speed limit, cancel, end. What it does is its subclass's matter."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import ClassVar
+
+import trio
+
+from cowfs.block.disk import Disk
+from cowfs.errors import CowfsError, UsageError
+
+log = logging.getLogger(__name__)
+
+#: seconds over which the rate is measured
+RATE_WINDOW = 5.0
+
+
+class State(str, Enum):
+    """Where in its life a job is."""
+
+    NONE = "none"
+    RUNNING = "running"
+    PAUSED = "paused"
+    READY = "ready"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the job goes on, or can."""
+        return self in (State.RUNNING, State.PAUSED, State.READY)
+
+
+class Job(ABC):
+    """One job on one disk. ``offset`` and ``length`` are bytes of the guest's disk, ``speed`` bytes a second.
+
+    A subclass does its work in `work`, calling `advance` between steps; there it is paused, slowed down and
+    cancelled. Every change of state is told to ``on_change``.
+    """
+
+    verb: ClassVar[str]
+
+    def __init__(self, disk: Disk, *, speed: int = 0) -> None:
+        self.disk = disk
+        self.speed = speed
+        self.state = State.NONE
+        self.offset = 0
+        self.length = disk.size
+        self.error = ""
+        self.on_change: Callable[[], None] = lambda: None
+        self._scope = trio.CancelScope()
+        self._resumed = trio.Event()
+        self._retimed = trio.Event()
+        self._not_before = 0.0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._done = trio.Event()
+
+    # -- for whoever commands it
+
+    async def run(self) -> None:
+        """Work until the end, whatever that is; never raises but for a cancellation from outside."""
+        self._not_before = trio.current_time()
+        self._recent.append((trio.current_time(), 0))
+        self._enter(State.RUNNING)
+        outcome = State.FAILED
+        try:
+            with self._scope:
+                await self.work()
+                self.offset = self.length
+                outcome = State.COMPLETED
+            if self._scope.cancelled_caught:
+                outcome = State.CANCELLED
+        except CowfsError as error:
+            self.error = str(error)
+            log.error("%s: %s", self.verb, error)
+        except Exception:
+            self.error = "internal error; the log has the details"
+            log.exception("%s: internal error", self.verb)
+        except BaseException:
+            outcome = State.CANCELLED
+            raise
+        finally:
+            self._enter(outcome)
+            self._done.set()
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        await self._done.wait()
+
+    def pause(self) -> None:
+        """Stop at the next step until `resume`."""
+        self._require("pause", State.RUNNING)
+        self._resumed = trio.Event()
+        self._enter(State.PAUSED)
+
+    def resume(self) -> None:
+        """Go on after a `pause`."""
+        self._require("resume", State.PAUSED)
+        self._not_before = trio.current_time()
+        self._enter(State.RUNNING)
+        self._resumed.set()
+
+    def cancel(self) -> None:
+        """End it at the next step; what it has done so far stays done."""
+        self._require("cancel", State.RUNNING, State.PAUSED, State.READY)
+        self._scope.cancel()
+
+    def complete(self) -> None:
+        """Tell a job that is ready to finish."""
+        self._require("complete", State.READY)
+
+    def set_speed(self, speed: int) -> None:
+        """Limit what is copied to ``speed`` bytes a second; 0 lifts the limit."""
+        self.speed = speed
+        self._not_before = trio.current_time()
+        self._retimed.set()
+        self._retimed = trio.Event()
+
+    @property
+    def percent(self) -> float:
+        """How far it is, 0 to 100."""
+        if self.state is State.COMPLETED or not self.length:
+            return 100.0
+        return 100.0 * self.offset / self.length
+
+    @property
+    def rate(self) -> int:
+        """Bytes a second that were copied over the last seconds; 0 unless running."""
+        if self.state is not State.RUNNING:
+            return 0
+        self._forget_old()
+        elapsed = trio.current_time() - self._recent[0][0]
+        return int(sum(size for _, size in self._recent) / elapsed) if elapsed > 0 else 0
+
+    @property
+    def eta(self) -> int | None:
+        """Seconds that are left at the present rate; None if that cannot be said."""
+        rate = self.rate
+        return -(-(self.length - self.offset) // rate) if rate else None
+
+    def _require(self, verb: str, *states: State) -> None:
+        if self.state not in states:
+            raise UsageError(f"cannot {verb} a {self.verb} job that is {self.state.value}")
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self.on_change()
+
+    # -- for the subclass
+
+    @abstractmethod
+    async def work(self) -> None:
+        """Do it. Errors that are raised end the job as failed."""
+
+    async def advance(self, offset: int, copied: int) -> None:
+        """Say that the job has come to ``offset`` and copied so many bytes since the last call.
+
+        Gives way to everyone else; waits while paused or too fast.
+        """
+        self.offset = max(self.offset, offset)
+        now = trio.current_time()
+        if copied:
+            self._recent.append((now, copied))
+            self._forget_old()
+        if self.speed:
+            self._not_before = max(self._not_before, now - 0.1) + copied / self.speed
+        await trio.lowlevel.checkpoint()
+        while self.speed and trio.current_time() < self._not_before:
+            with trio.move_on_at(self._not_before):
+                await self._retimed.wait()
+        while self.state is State.PAUSED:
+            await self._resumed.wait()
+
+    def _forget_old(self) -> None:
+        oldest = trio.current_time() - RATE_WINDOW
+        while len(self._recent) > 1 and self._recent[1][0] < oldest:
+            self._recent.popleft()

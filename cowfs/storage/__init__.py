@@ -1,0 +1,16 @@
+"""Where an image's bytes live."""
+
+from cowfs.storage.base import Storage
+from cowfs.storage.file import FileStorage
+
+__all__ = ["FileStorage", "Storage", "create_storage", "open_storage"]
+
+
+async def open_storage(name: str, *, writable: bool) -> Storage:
+    """Open what a name stands for: today, a local file or block device."""
+    return FileStorage.open(name, writable=writable)
+
+
+async def create_storage(name: str, *, exclusive: bool = False) -> Storage:
+    """Make an empty storage of a name; ``exclusive`` refuses one that exists."""
+    return FileStorage.create(name, exclusive=exclusive)

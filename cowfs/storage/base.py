@@ -1,0 +1,98 @@
+"""What a storage is: the place where one image's bytes live. It knows nothing of formats.
+
+Every operation has two forms where speed asks for it. The ``…_now`` form answers on the spot, without
+suspending, or says that it cannot; the awaitable form always completes. Buffers are filled and written in
+full: a short transfer never leaves this layer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ReadBuffers = Sequence[memoryview]
+WriteBuffers = Sequence[bytes | bytearray | memoryview]
+
+
+class Region(NamedTuple):
+    """A stretch of a storage, in bytes; ``hole`` says that it reads as zeros and takes no space."""
+
+    offset: int
+    length: int
+    hole: bool
+
+
+class Storage(ABC):
+    """A flat, growable array of bytes.
+
+    Reads past the end give zeros, as the block layer of QEMU does: an image's last cluster may be cut short.
+    Callers that must know compare with ``length`` first. All errors are `cowfs.errors.StorageError`.
+    """
+
+    #: what the user calls it; goes into messages
+    name: str
+    #: bytes
+    length: int
+    read_only: bool
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What two storages over the same bytes have in common; tells shared layers and cycles."""
+        return (self.name,)
+
+    @property
+    @abstractmethod
+    def allocated(self) -> int:
+        """Bytes of the host's space that it takes, as ``st_blocks`` tells."""
+
+    @abstractmethod
+    def read_now(self, offset: int, buffers: ReadBuffers) -> bool:
+        """Fill ``buffers`` from ``offset`` without blocking; False if that is not possible, buffers undefined."""
+
+    @abstractmethod
+    async def read(self, offset: int, buffers: ReadBuffers) -> None:
+        """Fill ``buffers`` from ``offset``; bytes past the end are zeros."""
+
+    @abstractmethod
+    def write_now(self, offset: int, buffers: WriteBuffers) -> bool:
+        """Write all of ``buffers`` at ``offset`` without blocking; False if that is not possible."""
+
+    @abstractmethod
+    async def write(self, offset: int, buffers: WriteBuffers) -> None:
+        """Write all of ``buffers`` at ``offset``, growing the storage where they reach past its end."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make durable every write that returned before this call.
+
+        After one failure every later flush fails too: what the first one lost cannot be told.
+        """
+
+    @abstractmethod
+    async def truncate(self, length: int) -> None:
+        """Set the length; bytes that this adds are zeros."""
+
+    @abstractmethod
+    async def punch(self, offset: int, length: int) -> None:
+        """Make a range read as zeros and give its space back where the host can."""
+
+    @abstractmethod
+    async def preallocate(self, length: int, *, full: bool) -> None:
+        """Take the host's space for the first ``length`` bytes now; ``full`` writes zeros there."""
+
+    @abstractmethod
+    async def regions(self, offset: int, length: int) -> list[Region]:
+        """Data and holes of a range, in order and without gaps; all data where the host cannot tell."""
+
+    @abstractmethod
+    async def reopen(self, *, writable: bool) -> None:
+        """Change between reading and writing in place; requests under way are not disturbed."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of it. Does not flush. Closing twice is harmless."""
+
+    async def read_bytes(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``, zeros past the end."""
+        buffer = bytearray(length)
+        await self.read(offset, [memoryview(buffer)])
+        return bytes(buffer)

@@ -1,0 +1,334 @@
+"""Local files and block devices.
+
+What the page cache holds is read on the spot with ``preadv2(RWF_NOWAIT)``; what it does not hold, and every
+call that waits for a device, runs in a worker thread. Writes go into the page cache, which takes them at
+the speed of memory, so they are made on the spot too.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from cowfs.errors import ReadOnly, StorageError
+from cowfs.storage.base import ReadBuffers, Region, Storage, WriteBuffers
+
+T = TypeVar("T")
+
+#: ``<linux/fs.h>``: size of a block device in bytes
+BLKGETSIZE64 = 0x80081272
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+#: ``<limits.h>``: most buffers one vectored call takes
+IOV_MAX = 1024
+#: bytes written at once where a hole cannot be punched
+ZERO_CHUNK = 1 << 20
+_ZEROS = bytes(ZERO_CHUNK)
+
+#: errnos by which a file system says that it has no RWF_NOWAIT reads; tmpfs is one: all it holds is memory
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def _advance(buffers: list[memoryview], done: int) -> list[memoryview]:
+    """Return what is left of ``buffers`` after their first ``done`` bytes."""
+    for index, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return [buffer[done:], *buffers[index + 1 :]]
+        done -= len(buffer)
+    return []
+
+
+class FileStorage(Storage):
+    """One open file descriptor on a regular file or a block device."""
+
+    def __init__(self, name: str, fd: int, *, read_only: bool) -> None:
+        self.name = name
+        self.read_only = read_only
+        self._fd = fd
+        status = os.fstat(fd)
+        self._is_device = stat.S_ISBLK(status.st_mode)
+        self._identity = (status.st_dev, status.st_rdev if self._is_device else status.st_ino)
+        self.length = _device_size(fd) if self._is_device else status.st_size
+        self._reads_now = True
+        self._nowait = os.RWF_NOWAIT
+        self._flush_error: StorageError | None = None
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool) -> "FileStorage":
+        """Open an existing file or block device.
+
+        Raises `StorageError` with the host's errno, EINVAL for what holds no bytes (a FIFO, a terminal).
+        """
+        name = os.fspath(path)
+        fd = _open(name, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            return cls(name, fd, read_only=not writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def create(cls, path: str, *, exclusive: bool = False) -> "FileStorage":
+        """Make an empty file, or empty an existing one; a block device is opened as it is."""
+        name = os.fspath(path)
+        flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if exclusive else 0)
+        with _reported(name, "cannot create"):
+            fd = os.open(name, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        try:
+            _refuse_odd_kinds(name, fd)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                os.ftruncate(fd, 0)
+            return cls(name, fd, read_only=False)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Device and inode (of a block device: its number), so that two names of one file are one."""
+        return self._identity
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of host space, from ``st_blocks``; the size, on a block device."""
+        return self.length if self._is_device else os.fstat(self._fd).st_blocks * 512
+
+    def fileno(self) -> int:
+        """Return the descriptor, for the few calls that only local files have."""
+        return self._fd
+
+    # -- reading
+
+    def read_now(self, offset: int, buffers: ReadBuffers) -> bool:
+        """One ``preadv2`` that does not wait for a device; False for cold data, and to retry what came short."""
+        if not self._reads_now:
+            return False
+        try:
+            done = os.preadv(self._fd, buffers, offset, self._nowait)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if self._nowait and error.errno in _NO_NOWAIT:
+                self._reads_now = _is_in_memory(self._fd)
+                self._nowait = 0
+                return self.read_now(offset, buffers)
+            raise StorageError.from_os(error, file=self.name, doing="cannot read") from error
+        return done == sum(map(len, buffers)) or (offset + done >= self.length and _zero_rest(buffers, done))
+
+    async def read(self, offset: int, buffers: ReadBuffers) -> None:
+        """Fill the buffers in a worker thread."""
+        await self._in_thread("cannot read", self._read_fully, offset, buffers)
+
+    def _read_fully(self, offset: int, buffers: ReadBuffers) -> None:
+        rest = [view for view in buffers if len(view)]
+        while rest:
+            done = os.preadv(self._fd, rest[:IOV_MAX], offset)
+            if done == 0:
+                _zero_rest(rest, 0)
+                return
+            offset += done
+            rest = _advance(rest, done)
+
+    # -- writing
+
+    def write_now(self, offset: int, buffers: WriteBuffers) -> bool:
+        """Write into the page cache, in as many calls as it takes."""
+        if self.read_only:
+            raise ReadOnly("is open read-only", file=self.name)
+        total = sum(map(len, buffers))
+        try:
+            done = os.pwritev(self._fd, buffers, offset) if len(buffers) <= IOV_MAX else 0
+            if done != total:
+                self._write_rest(offset + done, _advance([memoryview(b) for b in buffers], done))
+        except OSError as error:
+            raise StorageError.from_os(error, file=self.name, doing="cannot write") from error
+        if offset + total > self.length:
+            self.length = offset + total
+        return True
+
+    async def write(self, offset: int, buffers: WriteBuffers) -> None:
+        """Write into the page cache; see `write_now`."""
+        self.write_now(offset, buffers)
+
+    def _write_rest(self, offset: int, rest: list[memoryview]) -> None:
+        while rest:
+            done = os.pwritev(self._fd, rest[:IOV_MAX], offset)
+            if done == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            offset += done
+            rest = _advance(rest, done)
+
+    async def flush(self) -> None:
+        """``fdatasync`` in a worker thread. A failure is remembered: the kernel reports it only once."""
+        if self._flush_error is not None:
+            raise self._flush_error
+        try:
+            await self._in_thread("cannot flush", os.fdatasync, self._fd)
+        except StorageError as error:
+            self._flush_error = error
+            raise
+
+    async def truncate(self, length: int) -> None:
+        """``ftruncate``; a block device keeps its size and refuses what does not fit into it."""
+        if self.read_only:
+            raise ReadOnly("is open read-only", file=self.name)
+        if self._is_device:
+            if length > self.length:
+                raise StorageError("the device is too small", errno=errno.ENOSPC, file=self.name)
+            return
+        await self._in_thread("cannot resize", os.ftruncate, self._fd, length)
+        self.length = length
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Punch a hole, or write zeros where the host has no holes. What lies past the end is left alone."""
+        length = min(length, self.length - offset)
+        if length <= 0:
+            return
+        if self.read_only:
+            raise ReadOnly("is open read-only", file=self.name)
+        await self._in_thread("cannot punch a hole", self._punch, offset, length)
+
+    def _punch(self, offset: int, length: int) -> None:
+        try:
+            _fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            self._write_zeros(offset, length)
+
+    def _write_zeros(self, offset: int, length: int) -> None:
+        while length > 0:
+            size = min(length, ZERO_CHUNK)
+            self._write_rest(offset, [memoryview(_ZEROS)[:size]])
+            offset, length = offset + size, length - size
+
+    async def preallocate(self, length: int, *, full: bool) -> None:
+        """``posix_fallocate``, or zeros written out; on a device there is nothing to take."""
+        if self._is_device:
+            return
+        call = self._write_zeros if full else partial(os.posix_fallocate, self._fd)
+        await self._in_thread("cannot preallocate", call, 0, length)
+        self.length = max(self.length, length)
+
+    # -- the rest
+
+    async def regions(self, offset: int, length: int) -> list[Region]:
+        """``SEEK_DATA`` and ``SEEK_HOLE`` along the range, in a worker thread."""
+        if self._is_device:
+            return [Region(offset, length, hole=False)]
+        return await self._in_thread("cannot read", self._regions, offset, offset + length)
+
+    def _regions(self, start: int, end: int) -> list[Region]:
+        found: list[Region] = []
+        while start < end:
+            try:
+                data = min(os.lseek(self._fd, start, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = end
+            if data > start:
+                found.append(Region(start, data - start, hole=True))
+            if data < end:
+                start = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+                found.append(Region(data, start - data, hole=False))
+            else:
+                start = end
+        return found
+
+    async def reopen(self, *, writable: bool) -> None:
+        """Swap the descriptor under its number, so that a thread in the middle of a call keeps a valid file."""
+        if writable != self.read_only:
+            return
+        fd = _open(self.name, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            status = os.fstat(fd)
+            if self._identity != (status.st_dev, status.st_rdev if self._is_device else status.st_ino):
+                raise StorageError("was replaced by another file", errno=errno.ESTALE, file=self.name)
+            os.dup2(fd, self._fd, inheritable=False)
+        finally:
+            os.close(fd)
+        self.read_only = not writable
+
+    async def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    async def _in_thread(self, doing: str, call: "Callable[..., T]", *args: object) -> T:
+        try:
+            return await trio.to_thread.run_sync(call, *args)
+        except OSError as error:
+            raise StorageError.from_os(error, file=self.name, doing=doing) from error
+
+
+@contextlib.contextmanager
+def _reported(name: str, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.from_os(error, file=name, doing=doing) from error
+
+
+def _open(name: str, flags: int) -> int:
+    with _reported(name, "cannot open"):
+        # O_NONBLOCK: opening a FIFO must not hang; it means nothing to regular files and block devices
+        fd = os.open(name, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _refuse_odd_kinds(name, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_odd_kinds(name: str, fd: int) -> None:
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISDIR(mode):
+        raise StorageError("is a directory, not an image", errno=errno.EISDIR, file=name)
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise StorageError("is neither a regular file nor a block device", errno=errno.EINVAL, file=name)
+
+
+def _device_size(fd: int) -> int:
+    answer = fcntl.ioctl(fd, BLKGETSIZE64, bytes(8))
+    return int(struct.unpack("Q", answer)[0])
+
+
+def _zero_rest(buffers: ReadBuffers, done: int) -> bool:
+    """Zero all but the first ``done`` bytes of ``buffers``."""
+    for buffer in _advance([memoryview(b) for b in buffers], done):
+        buffer[:] = bytes(len(buffer))
+    return True
+
+
+def _is_in_memory(fd: int) -> bool:
+    """Whether the file lies in a file system that is nothing but memory, where no read ever waits."""
+    device = os.fstat(fd).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if fields[2] == number:
+            return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
+    return False
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """``fallocate(2)``, of which Python's library has only the POSIX part."""
+    if _libc.fallocate(fd, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
