@@ -17,8 +17,9 @@ def parse_size(text: str) -> int:
     whole, point, fraction = number.partition(".")
     if not (whole + fraction).isdecimal() or not (whole + fraction).isascii() or (point and not (whole and fraction)):
         raise UsageError(f"'{text}' is not a size; write a number with an optional suffix k, M, G or T")
-    scaled = int(whole + fraction) * 1024**power
-    size, rest = divmod(scaled, 10 ** len(fraction))
+    scaled = int(whole + fraction) << 10 * power
+    denominator: int = 10 ** len(fraction)
+    size, rest = divmod(scaled, denominator)
     if rest and not power:
         raise UsageError(f"'{text}' is not a whole number of bytes")
     if size >= 1 << 63:

@@ -209,7 +209,7 @@ class Disk:
             return False
         top = self.layers[0]
         extents = top.map_now(offset, length)
-        if extents is None:
+        if extents is None or not top.begun:
             return False
         for extent in extents:
             if extent.kind is not Kind.DATA:
@@ -255,6 +255,7 @@ class Disk:
     async def _write_layer(self, depth: int, offset: int, data: memoryview) -> None:
         """Write into one layer of the chain. The caller holds the clusters."""
         layer = self.layers[depth]
+        await layer.begin()
         for in_place, extents in _by_treatment(await layer.map(offset, len(data))):
             start, end = extents[0].offset, extents[-1].end
             if not in_place:

@@ -1,6 +1,7 @@
 """Host clusters that were let go of and may be handed out again."""
 
 from bisect import bisect_left
+from collections.abc import Iterator
 
 
 class FreeRuns:
@@ -10,6 +11,10 @@ class FreeRuns:
         self._starts: list[int] = []
         self._lengths: dict[int, int] = {}
         self.total = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Runs in ascending order: (start, count)."""
+        return iter([(start, self._lengths[start]) for start in self._starts])
 
     def add(self, start: int, count: int) -> None:
         """Put ``count`` clusters from ``start`` in; they must not be in yet."""

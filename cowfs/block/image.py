@@ -59,6 +59,8 @@ class Image(ABC):
     backing: Backing | None = None
     #: sentence why this image can be read but not written, whatever the file's permissions
     unwritable: str | None = None
+    #: whether the image says on disk that it was not closed cleanly
+    dirty: bool = False
 
     @abstractmethod
     def lookup(self, offset: int, length: int) -> list[Extent] | None:
@@ -81,6 +83,9 @@ class Image(ABC):
     async def read_compressed(self, extent: Extent) -> bytes:
         """Unpack the whole cluster that a compressed extent lies in."""
         raise Unsupported(f"{self.format} has no compressed clusters")
+
+    async def begin_writing(self) -> None:
+        """The first change since it was opened for writing is about to be made, perhaps to data alone."""
 
     # -- allocation, for formats whose lookup answers anything but data
 

@@ -27,6 +27,8 @@ class Layer:
     def __init__(self, image: Image) -> None:
         self.image = image
         self._lookup = image.lookup
+        #: whether the image has been told that it is being written to
+        self.begun = False
 
     @property
     def storage(self) -> Storage:
@@ -119,6 +121,13 @@ class Layer:
         if self.storage.read_only:
             raise ReadOnly("is open read-only", file=self.name)
 
+    async def begin(self) -> None:
+        """Tell the image, before the first write, that one follows; then it may also be written in place."""
+        if not self.begun:
+            self.require_writable()
+            await self.image.begin_writing()
+            self.begun = True
+
     def _check_write(self, offset: int, length: int) -> None:
         self.require_writable()
         if offset + length > self.size:
@@ -131,6 +140,7 @@ class Layer:
         """
         length = sum(map(len, buffers))
         self._check_write(offset, min(length, self.size - offset))
+        await self.begin()
         reservation = await self.image.reserve(offset, length)
         try:
             rest = [memoryview(buffer) for buffer in buffers]
@@ -146,11 +156,13 @@ class Layer:
     async def write_zeroes(self, offset: int, length: int) -> bool:
         """Make whole clusters read as zeros without data; False if the format cannot."""
         self._check_write(offset, min(length, self.size - offset))
+        await self.begin()
         return await self.image.write_zeroes(offset, length)
 
     async def deallocate(self, offset: int, length: int) -> None:
         """Forget whole clusters."""
         self._check_write(offset, min(length, self.size - offset))
+        await self.begin()
         await self.image.deallocate(offset, length)
 
     # -- the layer as a whole
@@ -162,12 +174,12 @@ class Layer:
 
     async def grow(self, size: int, zeroed_until: int) -> None:
         """Make the disk larger; see `Image.grow`."""
-        self.require_writable()
+        await self.begin()
         await self.image.grow(size, zeroed_until)
 
     async def set_backing(self, backing: Backing | None) -> None:
         """Change the recorded backing file."""
-        self.require_writable()
+        await self.begin()
         await self.image.set_backing(backing)
 
     async def set_writable(self, writable: bool) -> None:
@@ -178,6 +190,7 @@ class Layer:
         elif not self.storage.read_only:
             await self.image.flush()
             await self.image.settle()
+            self.begun = False
         await self.storage.reopen(writable=writable)
 
     async def close(self) -> None:

@@ -116,6 +116,10 @@ class TwoLevelImage(Image):
     async def record_size(self, size: int) -> None:
         """Write the disk's size into the header, durably; everything else is durable already."""
 
+    @abstractmethod
+    async def reclaim(self) -> None:
+        """Let what was freed be used again, in as few steps as that takes."""
+
     # -- mapping
 
     def spans(self, offset: int, length: int) -> Iterator[_Span]:
@@ -218,13 +222,13 @@ class TwoLevelImage(Image):
             host = await self.allocate_table()
             if self.l1.entries[l1_index] != entry:
                 # somebody made it meanwhile
-                self._dropped.append(_Dropped(host, is_table=True))
+                self.drop_table(host)
                 continue
             table = self.make_table(host, old)
             table.pins += 1
             self.l1.set(l1_index, self.table_entry(host))
             if offset:
-                self._dropped.append(_Dropped(offset, is_table=True))
+                self.drop_table(offset)
             return table
 
     async def reserve(self, offset: int, length: int) -> Reservation:
@@ -340,6 +344,10 @@ class TwoLevelImage(Image):
         if kind is not Kind.UNALLOCATED and host != NO_OFFSET:
             self._dropped.append(_Dropped(entry, is_table=False))
 
+    def drop_table(self, host_offset: int) -> None:
+        """Remember that nothing refers to a table any more."""
+        self._dropped.append(_Dropped(host_offset, is_table=True))
+
     async def flush(self) -> None:
         """Flush, then hand back the space that was let go of before, once no reader can be in it."""
         dropped, self._dropped = self._dropped, []
@@ -362,3 +370,4 @@ class TwoLevelImage(Image):
                 await self.free_table(reference.value)
             else:
                 await self.free_entry(reference.value)
+        await self.reclaim()

@@ -1,0 +1,149 @@
+"""Making a new qcow2 image."""
+
+from array import array
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from cowfs.block.image import Backing
+from cowfs.errors import UsageError
+from cowfs.formats.options import parse_choice, parse_power, parse_switch, refuse_unknown
+from cowfs.formats.qcow2.layout import (
+    COMPATIBLE_LAZY_REFCOUNTS,
+    COMPRESSION_TYPES,
+    EXTENSION_BACKING_FORMAT,
+    INCOMPATIBLE_COMPRESSION,
+    MAX_BACKING_NAME,
+    MAX_L1_BYTES,
+    V2_LENGTH,
+    V3_LENGTH,
+    Header,
+)
+from cowfs.formats.qcow2.opening import open_image
+from cowfs.storage.base import Storage
+
+OPTIONS = {
+    "size": "size of the disk in bytes, with an optional suffix",
+    "compat": "compatibility level: 1.1 (version 3) or 0.10 (version 2)",
+    "backing_file": "file name of the backing image",
+    "backing_fmt": "format of the backing image",
+    "cluster_size": "cluster size, a power of two from 512 to 2M (default 64K)",
+    "preallocation": "off, metadata, falloc or full",
+    "lazy_refcounts": "on or off: QEMU may postpone updates of reference counts",
+    "refcount_bits": "width of a reference count in bits, a power of two from 1 to 64 (default 16)",
+    "compression_type": "zlib or zstd",
+}
+
+_COMPAT = ("1.1", "0.10", "v3", "v2")
+_PREALLOCATION = ("off", "metadata", "falloc", "full")
+#: bytes of the disk that are preallocated in one step
+_STEP = 1 << 30
+
+
+class _Plan(NamedTuple):
+    """Where the clusters of an empty image lie: header, refcount table, refcount blocks, L1, in this order."""
+
+    table: int
+    blocks: int
+    l1: int
+
+    @property
+    def total(self) -> int:
+        return 1 + self.table + self.blocks + self.l1
+
+
+async def create(storage: Storage, size: int, backing: Backing | None, options: Mapping[str, str]) -> None:
+    """Fill an empty storage with an image of ``size`` bytes. Raises `UsageError` before anything is written."""
+    header, preallocation = _header(size, backing, options)
+    plan = _plan(header)
+    bits = header.cluster_bits
+    header.refcount_table_offset = 1 << bits
+    header.refcount_table_clusters = plan.table
+    header.l1_offset = 1 + plan.table + plan.blocks << bits
+    await storage.write(0, _build(header, plan, backing))
+    await storage.truncate(max(plan.total << bits, storage.length))
+    await storage.flush()
+    if preallocation != "off":
+        await _preallocate(storage, size, preallocation)
+
+
+def _header(size: int, backing: Backing | None, options: Mapping[str, str]) -> tuple[Header, str]:
+    refuse_unknown("qcow2", options, OPTIONS)
+    version = 3 if parse_choice(options, "compat", _COMPAT) in ("1.1", "v3") else 2
+    bits = parse_power(options, "cluster_size", 64 << 10, 512, 2 << 20)
+    order = parse_power(options, "refcount_bits", 16, 1, 64)
+    compression = COMPRESSION_TYPES.index(parse_choice(options, "compression_type", COMPRESSION_TYPES))
+    lazy = parse_switch(options, "lazy_refcounts")
+    preallocation = parse_choice(options, "preallocation", _PREALLOCATION)
+    if version == 2 and (order != 4 or lazy or compression):
+        raise UsageError("refcount_bits, lazy_refcounts and compression_type need compat=1.1")
+    if preallocation != "off" and backing is not None:
+        raise UsageError("preallocation and a backing file exclude each other")
+    entries = -(-size >> 2 * bits - 3)
+    if entries * 8 > MAX_L1_BYTES:
+        raise UsageError(f"a disk of {size} bytes is too large for clusters of {1 << bits} bytes")
+    header = Header(version, bits, size, entries, 0, 0, 0, refcount_order=order, compression_type=compression)
+    header.length = V3_LENGTH + 8 if version == 3 else V2_LENGTH
+    header.compatible = COMPATIBLE_LAZY_REFCOUNTS if lazy else 0
+    header.incompatible = INCOMPATIBLE_COMPRESSION if compression else 0
+    if backing is not None:
+        if backing.format:
+            header.extensions.append((EXTENSION_BACKING_FORMAT, backing.format.encode()))
+        name = backing.name.encode("utf-8", "surrogateescape")
+        header.backing_offset = len(header.pack())
+        header.backing_length = len(name)
+        if len(name) > MAX_BACKING_NAME or header.backing_offset + len(name) > header.cluster_size:
+            raise UsageError(f"the name of the backing file is too long: {len(name)} bytes")
+    return header, preallocation
+
+
+def _plan(header: Header) -> _Plan:
+    per_block = 8 << header.cluster_bits >> header.refcount_order
+    per_table = header.cluster_size // 8
+    l1 = -(-header.l1_entries * 8 >> header.cluster_bits)
+    blocks = table = 1
+    while True:
+        total = 1 + table + blocks + l1
+        if total <= blocks * per_block and blocks <= table * per_table:
+            return _Plan(table, blocks, l1)
+        blocks = max(blocks, -(-total // per_block))
+        table = max(table, -(-blocks // per_table))
+
+
+def _build(header: Header, plan: _Plan, backing: Backing | None) -> list[bytes]:
+    """Return the clusters of an empty image."""
+    size = header.cluster_size
+    head = header.pack()
+    if backing is not None:
+        head += backing.name.encode("utf-8", "surrogateescape")
+    table = array("Q", [(1 + plan.table + number) * size for number in range(plan.blocks)])
+    table.byteswap()
+    counts = _pack_ones(plan.total, header.refcount_order)
+    return [
+        head.ljust(size, b"\0"),
+        table.tobytes().ljust(plan.table * size, b"\0"),
+        counts.ljust(plan.blocks * size, b"\0"),
+        bytes(plan.l1 * size),
+    ]
+
+
+def _pack_ones(count: int, order: int) -> bytes:
+    """Return ``count`` reference counts of 1, each 2^order bits wide."""
+    if order >= 3:
+        return (1).to_bytes(1 << order - 3, "big") * count
+    per_byte = 8 >> order
+    full = sum(1 << (place << order) for place in range(per_byte))
+    rest = sum(1 << (place << order) for place in range(count % per_byte))
+    return bytes([full]) * (count // per_byte) + bytes([rest])
+
+
+async def _preallocate(storage: Storage, size: int, how: str) -> None:
+    """Map the whole disk to clusters that follow each other; ``how`` says whether the host's space is taken too."""
+    image = await open_image(storage)
+    for start in range(0, size, _STEP):
+        length = min(_STEP, size - start)
+        image.link(await image.reserve(start, -(-length // image.cluster_size) * image.cluster_size))
+        await image.flush()
+    await storage.truncate(max(storage.length, image.refcounts.end << image.cluster_bits))
+    if how != "metadata":
+        await storage.preallocate(storage.length, full=False)
+    await storage.flush()

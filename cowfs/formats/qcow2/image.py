@@ -1,0 +1,252 @@
+"""The qcow2 driver: what its entries mean and where its clusters come from; the rest is `TwoLevelImage`."""
+
+from array import array
+from collections import OrderedDict
+from typing import Any
+
+import trio
+
+from cowfs.block.check import CheckResult
+from cowfs.block.extent import NO_OFFSET, Extent, Kind
+from cowfs.block.image import Backing
+from cowfs.block.metacache import Level, MetadataCache, Table
+from cowfs.block.twolevel import TwoLevelImage
+from cowfs.errors import CorruptImage, Unsupported
+from cowfs.formats.qcow2 import compressed
+from cowfs.formats.qcow2.check import check
+from cowfs.formats.qcow2.layout import (
+    COMPATIBLE_LAZY_REFCOUNTS,
+    COMPRESSED,
+    COMPRESSION_TYPES,
+    COPIED,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY,
+    MAX_L1_BYTES,
+    OFFSET_MASK,
+    SECTOR,
+    ZERO,
+    Header,
+)
+from cowfs.formats.qcow2.refcounts import Refcounts
+from cowfs.storage.base import Storage
+
+#: bytes of unpacked clusters that one image remembers
+UNPACKED_BYTES = 4 << 20
+
+
+class Qcow2Image(TwoLevelImage):
+    """One open qcow2 file."""
+
+    format = "qcow2"
+
+    # -- what qcow2 overrides, and why --
+    # decode, encode …     what entries mean: copied flag, zero flag, compressed descriptors
+    # allocate, free …     reference counts decide which host clusters are free
+    # read_compressed      only qcow2 has compressed clusters
+    # begin_writing        autoclear bits must not outlive a write that does not keep up what they stand for
+    # grow_l1              its L1 table may have to move
+    # -------------------------------------
+
+    def __init__(self, storage: Storage, header: Header, tables: MetadataCache) -> None:
+        super().__init__()
+        self.storage = storage
+        self.header = header
+        self.tables = tables
+        self.size = header.size
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.table_bits = header.cluster_bits - 3
+        self.backing = header.backing
+        self.dirty = bool(header.incompatible & INCOMPATIBLE_DIRTY)
+        if header.incompatible & INCOMPATIBLE_CORRUPT:
+            self.unwritable = "is marked corrupt and can only be read; repair it with 'qemu-img check -r all'"
+        elif self.dirty:
+            self.unwritable = "was not closed cleanly and can only be read; repair it with 'qemu-img check -r all'"
+        self._has_zero_flag = header.version >= 3
+        self._unpacked: OrderedDict[int, bytes] = OrderedDict()
+
+    async def load(self, head: bytes) -> None:
+        """Bring the tables that stay in memory in: first sector, L1, refcount table."""
+        header, tables = self.header, self.tables
+        sector = array("B", head[:SECTOR].ljust(SECTOR, b"\0"))
+        self.sector = tables.keep(Table(0, sector, Level.COUNTS_LINK, fresh=False))
+        entries = await tables.read(header.l1_offset, header.l1_entries * 8, "Q", "L1 table")
+        self.l1 = tables.keep(Table(header.l1_offset, entries, Level.LINK, fresh=False))
+        size = header.refcount_table_clusters << self.cluster_bits
+        entries = await tables.read(header.refcount_table_offset, size, "Q", "refcount table")
+        counts = tables.keep(Table(header.refcount_table_offset, entries, Level.COUNTS_LINK, fresh=False))
+        self.refcounts = Refcounts(header, self.storage, tables, counts, self.sector, self._drop_area)
+
+    # -- entries
+
+    def table_offset(self, l1_entry: int) -> int:
+        """Bits 9 to 55 of an L1 entry."""
+        offset = l1_entry & OFFSET_MASK
+        if offset & (self.cluster_size - 1):
+            raise CorruptImage(f"L2 table at offset {offset:#x} is not aligned to a cluster", file=self.storage.name)
+        return offset
+
+    def owns_table(self, l1_entry: int) -> bool:
+        """Bit 63: the reference count is exactly one."""
+        return bool(l1_entry & COPIED)
+
+    def table_entry(self, host_offset: int) -> int:
+        """Fresh tables have one reference."""
+        return host_offset | COPIED
+
+    def decode(self, entry: int) -> tuple[Kind, int]:
+        """Standard and compressed descriptors."""
+        if entry & COMPRESSED:
+            return Kind.COMPRESSED, entry & ~(COPIED | COMPRESSED)
+        host = entry & OFFSET_MASK
+        if host & (self.cluster_size - 1):
+            raise CorruptImage(f"data at offset {host:#x} is not aligned to a cluster", file=self.storage.name)
+        if entry & ZERO:
+            if not self._has_zero_flag:
+                raise CorruptImage("a version 2 image has a cluster with the zero flag", file=self.storage.name)
+            return Kind.ZERO, host or NO_OFFSET
+        if not host:
+            return Kind.UNALLOCATED, NO_OFFSET
+        return (Kind.DATA if entry & COPIED else Kind.SHARED), host
+
+    def encode(self, host_offset: int) -> int:
+        """Fresh clusters have one reference."""
+        return host_offset | COPIED
+
+    def zero_entry(self) -> int | None:
+        """Version 2 has no zero clusters."""
+        return ZERO if self._has_zero_flag else None
+
+    # -- space
+
+    async def begin_writing(self) -> None:
+        """Clear the autoclear bits: nothing that they vouch for is kept up by this driver."""
+        if self.header.autoclear:
+            self._set_field(88, 8, 0)
+            await self.flush()
+            self.header.autoclear = 0
+
+    async def prepare(self) -> None:
+        """Nothing: counts are kept true at every flush."""
+
+    async def allocate(self, count: int) -> tuple[int, int]:
+        """Up to ``count`` clusters; see `Refcounts.allocate`."""
+        first, taken = await self.refcounts.allocate(count)
+        return first << self.cluster_bits, taken
+
+    async def allocate_table(self) -> int:
+        """An L2 table is one cluster."""
+        return (await self.allocate(1))[0]
+
+    def make_table(self, host_offset: int, source: Table | None) -> Table:
+        """An L2 table in a fresh cluster."""
+        entries = array("Q", source.entries) if source else array("Q", [0]) * (1 << self.table_bits)
+        return self.tables.add(Table(host_offset, entries, Level.LINK, fresh=True))
+
+    async def load_table(self, host_offset: int) -> Table:
+        """One cluster of entries."""
+        return await self.tables.load(host_offset, self.cluster_size, "Q", Level.LINK, "L2 table")
+
+    async def free_entry(self, entry: int) -> None:
+        """Compressed clusters share host clusters: each that the packed bytes touch loses a reference."""
+        kind, host = self.decode(entry)
+        length = self.cluster_size
+        if kind is Kind.COMPRESSED:
+            self._unpacked.pop(host, None)
+            host, length = compressed.locate(host, self.cluster_bits)
+        for cluster in range(host >> self.cluster_bits, host + length - 1 + self.cluster_size >> self.cluster_bits):
+            await self.refcounts.release(cluster)
+
+    async def free_table(self, host_offset: int) -> None:
+        """An L2 table is one cluster."""
+        await self.refcounts.release(host_offset >> self.cluster_bits)
+
+    async def reclaim(self) -> None:
+        """Hand freed clusters back to the host and to the allocator."""
+        await self.refcounts.give_back()
+
+    def _drop_area(self, offset: int, length: int) -> None:
+        for start in range(offset, offset + length, self.cluster_size):
+            self.drop_table(start)
+
+    # -- compressed clusters
+
+    async def read_compressed(self, extent: Extent) -> bytes:
+        """Unpack in a worker thread, remembering the last few."""
+        known = self._unpacked.get(extent.host_offset)
+        if known is not None:
+            self._unpacked.move_to_end(extent.host_offset)
+            return known
+        place = compressed.locate(extent.host_offset, self.cluster_bits)
+        packed = await self.storage.read_bytes(place.offset, place.length)
+        try:
+            data = await trio.to_thread.run_sync(
+                compressed.unpack, packed, self.header.compression_type, self.cluster_size
+            )
+        except CorruptImage as error:
+            error.file = self.storage.name
+            raise
+        self._unpacked[extent.host_offset] = data
+        while len(self._unpacked) * self.cluster_size > UNPACKED_BYTES and len(self._unpacked) > 1:
+            self._unpacked.popitem(last=False)
+        return data
+
+    # -- header
+
+    def _set_field(self, position: int, size: int, value: int) -> None:
+        for index, byte in enumerate(value.to_bytes(size, "big"), start=position):
+            self.sector.set(index, byte)
+
+    async def set_backing(self, backing: Backing | None) -> None:
+        """Forget where the name is, in the first sector. The extension with its format means nothing without."""
+        if backing is not None:
+            raise Unsupported("the backing file of a qcow2 image can only be dropped, not changed")
+        await self.flush()
+        self._set_field(8, 12, 0)
+        await self.flush()
+        self.backing = self.header.backing = None
+
+    async def grow_l1(self, size: int) -> None:
+        """Move L1 to a larger place if it needs one; the header then points there at once."""
+        wanted = -(-size >> self.cluster_bits + self.table_bits)
+        if wanted <= len(self.l1.entries):
+            return
+        if wanted * 8 > MAX_L1_BYTES:
+            raise Unsupported(f"with clusters of {self.cluster_size} bytes a disk cannot grow to {size} bytes")
+        clusters = -(-wanted * 8 >> self.cluster_bits)
+        first = await self.refcounts.allocate_adjacent(clusters)
+        await self.flush()
+        old = self.l1
+        entries = array("Q", old.entries)
+        entries.frombytes(bytes((clusters << self.cluster_bits) - old.size))
+        self.tables.forget(old)
+        self.l1 = self.tables.keep(Table(first << self.cluster_bits, entries, Level.LINK, fresh=True))
+        self._set_field(36, 4, len(entries))
+        self._set_field(40, 8, self.l1.offset)
+        await self.flush()
+        self._drop_area(old.offset, old.size)
+
+    async def record_size(self, size: int) -> None:
+        """One field of the header."""
+        self._set_field(24, 8, size)
+        await self.flush()
+        self.header.size = size
+
+    # -- the image as a whole
+
+    async def check(self) -> CheckResult:
+        """Count all references and compare."""
+        return await check(self)
+
+    def details(self) -> dict[str, Any]:
+        """In the order that ``qemu-img info`` has."""
+        header = self.header
+        facts: dict[str, Any] = {"compat": "1.1" if header.version >= 3 else "0.10"}
+        facts["compression-type"] = COMPRESSION_TYPES[header.compression_type]
+        if header.version >= 3:
+            facts["lazy-refcounts"] = bool(header.compatible & COMPATIBLE_LAZY_REFCOUNTS)
+        facts["refcount-bits"] = 1 << header.refcount_order
+        if header.version >= 3:
+            facts["corrupt"] = bool(header.incompatible & INCOMPATIBLE_CORRUPT)
+            facts["extended-l2"] = False
+        return facts

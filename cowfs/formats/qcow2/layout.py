@@ -1,0 +1,255 @@
+"""qcow2 on disk: header, header extensions, entries. All integers are big-endian.
+
+Section numbers of the specification are those of QEMU's ``docs/interop/qcow2``: "Header", "Feature name
+table", "Host cluster management", "Cluster mapping".
+"""
+
+import struct
+from dataclasses import dataclass, field
+
+from cowfs.block.image import Backing
+from cowfs.errors import CorruptImage, InvalidImage, Unsupported
+
+MAGIC = b"QFI\xfb"
+#: bytes of the fixed part of the header
+V2_LENGTH = 72
+V3_LENGTH = 104
+#: bytes that change at once: the header fields that matter lie in the first sector
+SECTOR = 512
+
+MIN_CLUSTER_BITS = 9
+MAX_CLUSTER_BITS = 21
+#: limits that QEMU keeps; bytes, but for the last
+MAX_L1_BYTES = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+MAX_BACKING_NAME = 1023
+MAX_SNAPSHOTS = 65536
+
+INCOMPATIBLE_DIRTY = 1 << 0
+INCOMPATIBLE_CORRUPT = 1 << 1
+INCOMPATIBLE_DATA_FILE = 1 << 2
+INCOMPATIBLE_COMPRESSION = 1 << 3
+INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
+AUTOCLEAR_BITMAPS = 1 << 0
+
+#: what this driver can read images with
+KNOWN_INCOMPATIBLE = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION
+#: what the format defines and this driver does not do
+UNSUPPORTED = {INCOMPATIBLE_DATA_FILE: "an external data file", INCOMPATIBLE_EXTENDED_L2: "extended L2 entries"}
+
+EXTENSION_END = 0
+EXTENSION_BACKING_FORMAT = 0xE2792ACA
+EXTENSION_FEATURE_NAMES = 0x6803F857
+EXTENSION_BITMAPS = 0x23852875
+
+#: bits 9 to 55 of L1 and L2 entries: host offset
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+ZERO = 1 << 0
+
+COMPRESSION_TYPES = ("zlib", "zstd")
+
+_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3 = struct.Struct(">QQQII")
+
+
+@dataclass
+class Header:
+    """The fields of the header ("Header"), and what its extensions say. Offsets and sizes in bytes."""
+
+    version: int
+    cluster_bits: int
+    size: int
+    l1_entries: int
+    l1_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    backing_offset: int = 0
+    backing_length: int = 0
+    crypt_method: int = 0
+    snapshots: int = 0
+    snapshots_offset: int = 0
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = 4
+    length: int = V2_LENGTH
+    compression_type: int = 0
+    backing: Backing | None = None
+    extensions: list[tuple[int, bytes]] = field(default_factory=list)
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes."""
+        return 1 << self.cluster_bits
+
+    def pack(self) -> bytes:
+        """Return header, extensions and backing file name as they stand at the start of the file."""
+        packed = _V2.pack(
+            MAGIC,
+            self.version,
+            self.backing_offset,
+            self.backing_length,
+            self.cluster_bits,
+            self.size,
+            self.crypt_method,
+            self.l1_entries,
+            self.l1_offset,
+            self.refcount_table_offset,
+            self.refcount_table_clusters,
+            self.snapshots,
+            self.snapshots_offset,
+        )
+        if self.version >= 3:
+            packed += _V3.pack(self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.length)
+            packed += bytes([self.compression_type]).ljust(self.length - V3_LENGTH, b"\0")
+        for kind, data in self.extensions:
+            packed += struct.pack(">II", kind, len(data)) + data.ljust(-(-len(data) // 8) * 8, b"\0")
+        packed += bytes(8)
+        return packed
+
+
+def parse_header(head: bytes, file_length: int) -> Header:
+    """Read the header from the first cluster of a file (or as much as there is of it).
+
+    Raises `InvalidImage` for what is no qcow2 header, `Unsupported` for features that are not understood, by
+    name. Nothing that the header claims has been used to allocate memory until it has passed.
+    """
+    if len(head) < V2_LENGTH:
+        raise InvalidImage(f"is too short for a qcow2 image: {len(head)} bytes")
+    fields = _V2.unpack_from(head)
+    magic, version = fields[0], fields[1]
+    if magic != MAGIC:
+        raise InvalidImage("is not a qcow2 image")
+    if version not in (2, 3):
+        raise Unsupported(f"is of qcow2 version {version}; cowfs knows 2 and 3")
+    header = Header(
+        version=version,
+        backing_offset=fields[2],
+        backing_length=fields[3],
+        cluster_bits=fields[4],
+        size=fields[5],
+        crypt_method=fields[6],
+        l1_entries=fields[7],
+        l1_offset=fields[8],
+        refcount_table_offset=fields[9],
+        refcount_table_clusters=fields[10],
+        snapshots=fields[11],
+        snapshots_offset=fields[12],
+    )
+    if not MIN_CLUSTER_BITS <= header.cluster_bits <= MAX_CLUSTER_BITS:
+        raise InvalidImage(f"has a cluster size of 2^{header.cluster_bits}, which is out of range")
+    head = head[: header.cluster_size]
+    if version == 3:
+        _parse_version_3(header, head)
+    _parse_extensions(header, head)
+    _check_features(header, head)
+    _check_tables(header, file_length)
+    _parse_backing(header, head)
+    return header
+
+
+def _parse_version_3(header: Header, head: bytes) -> None:
+    if len(head) < V3_LENGTH:
+        raise InvalidImage("is cut off inside its header")
+    fields = _V3.unpack_from(head, V2_LENGTH)
+    header.incompatible, header.compatible, header.autoclear, header.refcount_order, header.length = fields
+    if not V3_LENGTH <= header.length <= header.cluster_size or header.length % 8:
+        raise InvalidImage(f"has a header length of {header.length}, which makes no sense")
+    if len(head) < header.length:
+        raise InvalidImage("is cut off inside its header")
+    if header.refcount_order > 6:
+        raise InvalidImage(f"has a reference count width of 2^{header.refcount_order} bits, which is out of range")
+    if header.length > V3_LENGTH:
+        header.compression_type = head[V3_LENGTH]
+
+
+def _parse_extensions(header: Header, head: bytes) -> None:
+    """Section "Header": extensions follow the header, up to the backing file name or the cluster's end."""
+    end = len(head)
+    if header.length < header.backing_offset < end:
+        end = header.backing_offset
+    position = header.length
+    while position + 8 <= end:
+        kind, length = struct.unpack_from(">II", head, position)
+        if kind == EXTENSION_END:
+            return
+        position += 8
+        if length > end - position:
+            raise InvalidImage(f"has a header extension {kind:#010x} that reaches beyond the header")
+        header.extensions.append((kind, head[position : position + length]))
+        position += -(-length // 8) * 8
+
+
+def _check_features(header: Header, head: bytes) -> None:
+    if header.crypt_method:
+        kind = {1: "AES", 2: "LUKS"}.get(header.crypt_method, f"method {header.crypt_method}")
+        raise Unsupported(f"is encrypted ({kind}), which cowfs does not support")
+    unknown = header.incompatible & ~KNOWN_INCOMPATIBLE
+    if unknown:
+        names = _feature_names(header)
+        bits = [bit for bit in range(64) if unknown >> bit & 1]
+        wanted = [UNSUPPORTED.get(1 << bit) or names.get(bit) or f"unknown incompatible feature {bit}" for bit in bits]
+        raise Unsupported(f"needs {', '.join(wanted)}, which cowfs does not support")
+    if header.compression_type >= len(COMPRESSION_TYPES):
+        raise Unsupported(f"uses compression type {header.compression_type}, which is unknown")
+    if bool(header.compression_type) != bool(header.incompatible & INCOMPATIBLE_COMPRESSION):
+        raise InvalidImage("has a compression type that contradicts its feature bits")
+
+
+def _feature_names(header: Header) -> dict[int, str]:
+    """Names of incompatible features, by bit ("Feature name table"); printable ASCII only."""
+    names: dict[int, str] = {}
+    for kind, data in header.extensions:
+        if kind == EXTENSION_FEATURE_NAMES:
+            for start in range(0, len(data) - 47, 48):
+                if data[start] == 0:
+                    text = data[start + 2 : start + 48].split(b"\0")[0].decode("ascii", "replace")
+                    names[data[start + 1]] = f"the feature '{text}'" if text.isprintable() else "a nameless feature"
+    return names
+
+
+def _check_tables(header: Header, file_length: int) -> None:
+    size = header.cluster_size
+    if header.size >= 1 << 63:
+        raise InvalidImage(f"claims a disk of {header.size} bytes")
+    if header.l1_entries * 8 > MAX_L1_BYTES:
+        raise InvalidImage(f"has an L1 table of {header.l1_entries} entries, which is too large")
+    covered = header.l1_entries * (size // 8) * size
+    if covered < header.size:
+        raise InvalidImage("has an L1 table that is too small for its disk")
+    if not header.refcount_table_clusters:
+        raise InvalidImage("has no refcount table")
+    table_bytes = header.refcount_table_clusters << header.cluster_bits
+    if table_bytes > MAX_REFCOUNT_TABLE_BYTES:
+        raise InvalidImage(f"has a refcount table of {table_bytes} bytes, which is too large")
+    if header.snapshots > MAX_SNAPSHOTS:
+        raise InvalidImage(f"claims {header.snapshots} internal snapshots, which is too many")
+    places = [("L1 table", header.l1_offset, header.l1_entries * 8)]
+    places.append(("refcount table", header.refcount_table_offset, table_bytes))
+    if header.snapshots:
+        places.append(("snapshot table", header.snapshots_offset, 40 * header.snapshots))
+    for what, offset, length in places:
+        if length and (offset % size or not offset):
+            raise CorruptImage(f"has its {what} at offset {offset:#x}, which is not a place for one")
+        if offset + length > file_length:
+            raise CorruptImage(f"has a {what} at offset {offset:#x} that lies beyond the end of the file")
+
+
+def _parse_backing(header: Header, head: bytes) -> None:
+    if not header.backing_offset:
+        return
+    start, length = header.backing_offset, header.backing_length
+    if length > MAX_BACKING_NAME or start < header.length or start + length > header.cluster_size:
+        raise InvalidImage("has a backing file name that does not lie inside its first cluster")
+    if start + length > len(head):
+        raise InvalidImage("is cut off inside its backing file name")
+    if not length:
+        return
+    name = head[start : start + length].decode("utf-8", "surrogateescape")
+    format = next((data for kind, data in header.extensions if kind == EXTENSION_BACKING_FORMAT), b"")
+    if "\0" in name:
+        raise InvalidImage("has a backing file name with a NUL byte in it")
+    header.backing = Backing(name, format.decode("ascii", "replace") or None)
