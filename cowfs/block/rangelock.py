@@ -5,8 +5,8 @@ that do not overlap never wait for each other; releasing is synchronous, so a ca
 its range.
 """
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -47,18 +47,6 @@ class RangeLock:
                 claim.granted = trio.Event()
                 await claim.granted.wait()
             yield
-        finally:
-            self._release(claim)
-
-    @contextmanager
-    def hold_now(self, start: int, end: int) -> Iterator[bool]:
-        """Hold ``[start, end)`` if it is free this very moment; yields whether it is held."""
-        if not self.is_free(start, end):
-            yield False
-            return
-        claim = self._claim(start, end)
-        try:
-            yield True
         finally:
             self._release(claim)
 

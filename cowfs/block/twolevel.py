@@ -360,6 +360,11 @@ class TwoLevelImage(Image):
         self._freeing += [(reference, mark) for reference in dropped]
         await self._free_ready()
 
+    async def settle(self) -> None:
+        """Bring to disk what flushes have freed, until nothing is left to write."""
+        while self._dropped or self.tables.is_dirty:
+            await self.flush()
+
     async def _free_ready(self) -> None:
         waiting = [item for item in self._freeing if not item[1].passed]
         ready = [reference for reference, mark in self._freeing if mark.passed]

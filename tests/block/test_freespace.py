@@ -1,0 +1,33 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cowfs.block.freespace import FreeRuns
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5), st.booleans()), max_size=60))
+def test_free_runs_are_a_set_of_clusters(operations: list[tuple[int, int, bool]]) -> None:
+    runs, model = FreeRuns(), set[int]()
+    for start, count, add in operations:
+        clusters = set(range(start, start + count))
+        if add and not clusters & model:
+            runs.add(start, count)
+            model |= clusters
+        elif not add and (found := runs.peek(count)):
+            first, taken = found
+            assert taken <= count
+            assert set(range(first, first + taken)) <= model
+            runs.take(first, taken)
+            model -= set(range(first, first + taken))
+        assert runs.total == len(model)
+        listed = list(runs)
+        assert {c for first, length in listed for c in range(first, first + length)} == model
+        assert all(a + n < b for (a, n), (b, _) in zip(listed, listed[1:], strict=False)), "runs are maximal"
+
+
+def test_the_first_run_that_fits_is_preferred_and_otherwise_the_longest() -> None:
+    runs = FreeRuns()
+    runs.add(10, 2)
+    runs.add(20, 5)
+    runs.add(30, 3)
+    assert runs.peek(3) == (20, 3)
+    assert runs.peek(9) == (20, 5)
