@@ -1,0 +1,115 @@
+"""``cowfs check``: look for damage and leaks."""
+
+import json
+
+import click
+import trio
+
+from cowfs.block.check import CheckResult
+from cowfs.block.image import Image
+from cowfs.cli.options import file_argument, format_option, output_options, quiet_option
+from cowfs.errors import Unsupported
+from cowfs.formats.chain import open_image
+
+CORRUPT = 2
+LEAKS = 3
+NOT_SUPPORTED = 63
+
+
+@click.command()
+@format_option
+@click.option(
+    "-r",
+    "--repair",
+    type=click.Choice(["leaks", "all"]),
+    help="Not in this version, which only looks; 'qemu-img check -r' repairs.",
+)
+@quiet_option
+@output_options
+@file_argument
+def command(file: str, format: str | None, repair: str | None, quiet: bool, output: str) -> int:
+    """Look for damage and leaked space in the image FILE, without its backing files.
+
+    Nothing is changed. What is found is told on standard error, the sums on standard output.
+
+    \b
+    Exit codes:
+      0   nothing is wrong
+      1   the check could not be made
+      2   the image is corrupt
+      3   there are leaked clusters, which waste space but do no harm
+      63  the format has nothing that could be checked
+
+    \b
+    Examples:
+      cowfs check vm1.qcow2
+      cowfs check --json vm1.qcow2
+    """
+    if repair is not None:
+        raise Unsupported(f"cowfs cannot repair images yet; use 'qemu-img check -r {repair}'", file=file)
+    result = trio.run(_check, file, format)
+    if result is None:
+        click.echo(f"cowfs: {file}: this format has nothing that could be checked", err=True)
+        return NOT_SUPPORTED
+    image_format, found = result
+    if not quiet:
+        for message in found.messages:
+            click.echo(message, err=True)
+    if output == "json":
+        click.echo(json.dumps(_facts(file, image_format, found), indent=4))
+    elif not quiet:
+        click.echo(_summary(found), nl=False)
+    return CORRUPT if found.corruptions else LEAKS if found.leaks else 0
+
+
+async def _check(file: str, format: str | None) -> tuple[str, CheckResult] | None:
+    """Return the image's format and what was found; None if its format has no check."""
+    image = await open_image(file, format)
+    try:
+        if type(image).check is Image.check:
+            return None
+        return image.format, await image.check()
+    finally:
+        await image.close()
+
+
+def _facts(file: str, format: str, found: CheckResult) -> dict[str, int | str]:
+    """Return what ``qemu-img check --output=json`` says; it leaves out what is zero."""
+    counts = {
+        "image-end-offset": found.image_end_offset,
+        "total-clusters": found.total_clusters,
+        "allocated-clusters": found.allocated_clusters,
+        "fragmented-clusters": found.fragmented_clusters,
+        "compressed-clusters": found.compressed_clusters,
+        "corruptions": found.corruptions,
+        "leaks": found.leaks,
+    }
+    return {
+        **{key: count for key, count in counts.items() if count},
+        "check-errors": 0,
+        "filename": file,
+        "format": format,
+    }
+
+
+def _summary(found: CheckResult) -> str:
+    """Lay the sums out as ``qemu-img check`` does."""
+    text = ""
+    if not found.corruptions and not found.leaks:
+        text += "No errors were found on the image.\n"
+    if found.corruptions:
+        text += f"\n{found.corruptions} errors were found on the image.\n"
+        text += "Data may be corrupted, or further writes to the image may corrupt it.\n"
+    if found.leaks:
+        text += f"\n{found.leaks} leaked clusters were found on the image.\n"
+        text += "This means waste of disk space, but no harm to data.\n"
+    if found.total_clusters and found.allocated_clusters:
+        allocated, total = found.allocated_clusters, found.total_clusters
+        text += (
+            f"{allocated}/{total} = {100 * allocated / total:.2f}% allocated, "
+            f"{100 * found.fragmented_clusters / allocated:.2f}% fragmented, "
+            f"{100 * found.compressed_clusters / allocated:.2f}% compressed clusters\n"
+        )
+    if found.image_end_offset:
+        text += f"Image end offset: {found.image_end_offset}\n"
+    return text

@@ -1,0 +1,39 @@
+"""Options that several commands have, so that they are the same everywhere."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from cowfs.errors import UsageError
+from cowfs.units import parse_size
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+file_argument = click.argument("file", metavar="FILE")
+
+format_option = click.option(
+    "-f", "--format", "format", metavar="FMT", help="Format of FILE; told from its first bytes if not given."
+)
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+def output_options(function: Function) -> Function:
+    """Add ``--output`` and ``--json``, which arrive as ``output``, "human" or "json"."""
+    choice = click.option(
+        "--output", type=click.Choice(["human", "json"]), default="human", help="For people, or for programs."
+    )
+    short = click.option("--json", "output", flag_value="json", help="The same as --output=json.")
+    return choice(short(function))
+
+
+def parse_size_for(file: str, text: str | None) -> int | None:
+    """Bytes that an option or argument stands for; errors name the file that it was given for."""
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        error.file = file
+        raise
