@@ -31,7 +31,8 @@ class MemoryStorage(Storage):
     """Bytes in memory. ``cold`` declines the ``…_now`` operations, as a network does.
 
     ``gates`` maps an operation's name (read, write, flush) to a gate that it has to pass; ``log`` has every
-    operation in order, with offset and length where it has them.
+    operation in order, with offset and length where it has them. ``failures`` lists, for an operation's name,
+    what its next calls raise; None lets one succeed.
     """
 
     def __init__(self, name: str, content: bytes = b"", *, cold: bool = False, read_only: bool = False) -> None:
@@ -39,9 +40,9 @@ class MemoryStorage(Storage):
         self.content = bytearray(content)
         self.read_only = read_only
         self.cold = cold
-        self.closed = False
+        self.closings = 0
         self.gates: dict[str, Gate] = {}
-        self.failures: dict[str, list[Exception]] = defaultdict(list)
+        self.failures: dict[str, list[Exception | None]] = defaultdict(list)
         self.log: list[tuple[str, int, int]] = []
 
     @property
@@ -98,7 +99,7 @@ class MemoryStorage(Storage):
         self.read_only = not writable
 
     async def close(self) -> None:
-        self.closed = True
+        self.closings += 1
 
     async def _step(self, operation: str, offset: int, length: int) -> None:
         self.log.append((operation, offset, length))
@@ -108,8 +109,9 @@ class MemoryStorage(Storage):
         self._fail(operation)
 
     def _fail(self, operation: str) -> None:
-        if self.failures[operation]:
-            raise self.failures[operation].pop(0)
+        failure = self.failures[operation].pop(0) if self.failures[operation] else None
+        if failure is not None:
+            raise failure
 
     def _fill(self, offset: int, buffers: ReadBuffers) -> None:
         for view in buffers:

@@ -23,7 +23,10 @@ class Populator:
     Only the numbers of clusters are kept; the copy looks at the state of things again, under the range lock.
     """
 
-    def __init__(self, cluster_size: int, copy_up: Callable[[int, int], Awaitable[int]]) -> None:
+    def __init__(
+        self, cluster_size: int, copy_up: Callable[[int, int], Awaitable[int]], on_error: Callable[[], None]
+    ) -> None:
+        self._on_error = on_error
         self._unit = max(cluster_size, 4096)
         self._copy_up = copy_up
         self._bound = max(1, QUEUE_BYTES // self._unit)
@@ -32,7 +35,6 @@ class Populator:
         self._progress = trio.Event()
         self._busy = False
         self._failing = False
-        self.errors = 0
 
     @property
     def has_room(self) -> bool:
@@ -87,10 +89,12 @@ class Populator:
         try:
             await self._copy_up(offset, length)
             self._failing = False
-        except CowfsError as error:
+        except Exception as error:
             # the reader has had its answer; the overlay merely stays as sparse as it was
-            self.errors += 1
-            if not self._failing:
+            self._on_error()
+            if not isinstance(error, CowfsError):
+                log.exception("copy-on-read: internal error")
+            elif not self._failing:
                 log.warning("copy-on-read: %s", error)
             self._failing = True
 

@@ -455,15 +455,17 @@ class Disk:
         if self.read_only:
             task_status.started()
             return
-        self._populator = Populator(self.cluster_size, self.copy_up)
+        self._populator = Populator(self.cluster_size, self.copy_up, self._count_copy_on_read_error)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._populator.run)
                 nursery.start_soon(self._flush_periodically)
                 task_status.started()
         finally:
-            self.stats.copy_on_read_errors = self._populator.errors
             self._populator = None
+
+    def _count_copy_on_read_error(self) -> None:
+        self.stats.copy_on_read_errors += 1
 
     async def populated(self) -> None:
         """Wait until what has been read so far is copied up."""
@@ -483,10 +485,13 @@ class Disk:
                     async with self.lock.hold(0, EVERYWHERE):
                         await self.layers[0].image.settle()
                     settled = True
-            except CowfsError as error:
+            except Exception as error:
                 # not lost: it stays dirty, and the guest's own fsync reports it
                 self._changed = True
-                log.error("periodic flush: %s", error)
+                if isinstance(error, CowfsError):
+                    log.error("periodic flush: %s", error)
+                else:
+                    log.exception("periodic flush: internal error")
 
     async def close(self) -> None:
         """Flush and close all layers; the first error is raised after everything is closed."""

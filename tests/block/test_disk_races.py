@@ -67,28 +67,18 @@ def format(request: pytest.FixtureRequest) -> str:
 
 
 async def test_a_write_during_a_held_up_copy_on_read_survives(format: str) -> None:
-    async with stack(format) as s, trio.open_nursery() as nursery:
+    async with stack(format) as s:
         # the reader is answered; the copy-up behind it hangs in its read of the base
         assert await s.read(4096, 4096) == bytes(s.model[4096:8192])
         gate = s.base.gates["read"] = Gate()
         await gate.arrived.wait()
-        nursery.start_soon(s.write, 4096, b"W" * 4096)
-        await wait_all_tasks_blocked()
-        assert gate.waiting == 1, "the write waits for the copy-up, not beside it"
-        gate.open()
-        await s.disk.populated()
-        await s.verify()
-
-
-async def test_the_content_after_that_race_is_the_guests(format: str) -> None:
-    async with stack(format) as s:
-        gate = s.base.gates["read"] = Gate()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(s.disk.copy_up, 0, CLUSTER)
-            await gate.arrived.wait()
             nursery.start_soon(s.write, 4096, b"W" * 4096)
             await wait_all_tasks_blocked()
+            assert gate.waiting == 1, "the write waits for the copy-up, not beside it"
             gate.open()
+        await s.disk.populated()
+        assert s.disk.stats.copied_up_bytes == CLUSTER
         await s.verify()
 
 
@@ -151,13 +141,12 @@ async def test_an_allocation_that_fails_or_is_cancelled_leaves_the_old_content(f
     async with stack(format) as s:
         s.top.cold = True
         old = bytes(s.model)
+        # marks in the header are made by the first allocation, and are not what is looked at here
+        await s.write(0, bytes(s.model[:CLUSTER]))
+        await s.disk.flush()
         gate = s.top.gates["write"] = Gate()
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                if format == "qed":
-                    # the need-check mark is the first write
-                    await _let_the_first_change_through(s, gate)
-                    gate = s.top.gates["write"] = Gate()
                 nursery.start_soon(_write_and_report, s, CLUSTER, b"n" * CLUSTER)
                 await gate.arrived.wait()
                 if cancel:
@@ -176,11 +165,6 @@ async def test_an_allocation_that_fails_or_is_cancelled_leaves_the_old_content(f
         result = await s.disk.layers[0].image.check()
         assert (result.corruptions, result.leaks) == (0, 0), result.messages
         assert await s.disk.read(CLUSTER, CLUSTER) == s.model[CLUSTER : 2 * CLUSTER]
-
-
-async def _let_the_first_change_through(s: Stack, gate: Gate) -> None:
-    gate.open()
-    await s.write(0, b"f" * CLUSTER)
 
 
 async def _write_and_report(s: Stack, offset: int, data: bytes) -> None:
@@ -202,9 +186,9 @@ async def test_a_reader_in_the_backing_delays_closing_it(format: str) -> None:
             nursery.start_soon(s.disk.drop_backing)
             await wait_all_tasks_blocked()
             assert len(s.disk.layers) == 1
-            assert not s.base.closed
+            assert s.base.closings == 0
             gate.open()
-        assert s.base.closed
+        assert s.base.closings == 1
         await s.verify()
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ def test_free_runs_are_a_set_of_clusters(operations: list[tuple[int, int, bool]]
         assert runs.total == len(model)
         listed = list(runs)
         assert {c for first, length in listed for c in range(first, first + length)} == model
-        assert all(a + n < b for (a, n), (b, _) in zip(listed, listed[1:], strict=False)), "runs are maximal"
+        assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(listed)), "runs are maximal"
 
 
 def test_the_first_run_that_fits_is_preferred_and_otherwise_the_longest() -> None:

@@ -97,20 +97,7 @@ async def test_after_a_failure_everything_is_dirty_again(step: int) -> None:
     body.set(0, 2)
     # write body, flush, write link, flush
     operation, number = (("write", 0), ("flush", 0), ("write", 1), ("flush", 1))[step]
-    succeed = [None] * number
-    error = StorageError("no space", errno=28)
-    count = 0
-    original = storage._fail
-
-    def fail(what: str) -> None:
-        nonlocal count
-        original(what)
-        if what == operation:
-            count += 1
-            if count == len(succeed) + 1:
-                raise error
-
-    storage._fail = fail  # type: ignore[method-assign]
+    storage.failures[operation] = [None] * number + [StorageError("no space", errno=28)]
     with pytest.raises(StorageError):
         await cache.flush()
     assert link.dirty

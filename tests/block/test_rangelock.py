@@ -34,11 +34,10 @@ async def test_overlapping_ranges_are_held_in_the_order_in_which_they_were_asked
 
 async def test_a_waiter_blocks_those_who_come_later_so_that_nobody_starves() -> None:
     lock = RangeLock()
-    async with trio.open_nursery() as nursery:
-        async with lock.hold(0, 10):
-            nursery.start_soon(_hold_and_release, lock, 0, 20)
-            await wait_all_tasks_blocked()
-            assert not lock.is_free(15, 20)
+    async with trio.open_nursery() as nursery, lock.hold(0, 10):
+        nursery.start_soon(_hold_and_release, lock, 0, 20)
+        await wait_all_tasks_blocked()
+        assert not lock.is_free(15, 20)
     assert lock.is_free(0, 100)
 
 

@@ -18,7 +18,10 @@ from cowfs.formats.qcow2.layout import (
     COMPRESSED,
     COPIED,
     EXTENSION_BITMAPS,
+    L1_RESERVED,
+    L2_RESERVED,
     OFFSET_MASK,
+    REFCOUNT_TABLE_RESERVED,
     ZERO,
 )
 from cowfs.formats.qcow2.snapshots import read_snapshots
@@ -95,6 +98,8 @@ class _Check:
     def _count_blocks(self) -> None:
         for index, entry in enumerate(self.image.refcounts.table.entries):
             offset = entry & OFFSET_MASK
+            if entry & REFCOUNT_TABLE_RESERVED:
+                self.result.corrupt(f"refcount table entry {index} has reserved bits set")
             if not offset:
                 continue
             if offset % self.size:
@@ -138,6 +143,8 @@ class _Check:
         self._count_area(offset, len(entries) * 8)
         for index, entry in enumerate(entries):
             table = entry & OFFSET_MASK
+            if entry & L1_RESERVED:
+                self.result.corrupt(f"found L1 entry with reserved bits set: {entry:x}")
             if not table:
                 continue
             if table % self.size:
@@ -146,6 +153,8 @@ class _Check:
             self._count_area(table, self.size)
             if active:
                 self._check_copied_table(index, entry)
+            if table >= self.storage.length:
+                continue
             if table + self.size > self.storage.length:
                 self.result.corrupt(f"L2 table at {table:#x} is cut off by the end of the file")
                 continue
@@ -164,6 +173,8 @@ class _Check:
         self._count_compressed(entries[is_compressed], active=active)
         hosts = np.where(is_compressed, 0, entries & OFFSET_MASK)
         normal = hosts != 0
+        for entry in entries[~is_compressed & (entries & np.uint64(L2_RESERVED) != 0)]:
+            self.result.corrupt(f"found l2 entry with reserved bits set: {int(entry):x}")
         if not self.image.zero_entry():
             for entry in entries[~is_compressed & (entries & ZERO != 0)]:
                 self.result.corrupt(f"l2_entry={int(entry):x}: zero flag in a version 2 image")

@@ -45,6 +45,10 @@ EXTENSION_BITMAPS = 0x23852875
 
 #: bits 9 to 55 of L1 and L2 entries: host offset
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+#: bits that no version gives a meaning to
+L1_RESERVED = 0x7F00_0000_0000_01FF
+L2_RESERVED = 0x3F00_0000_0000_01FE
+REFCOUNT_TABLE_RESERVED = 0x1FF
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
 ZERO = 1 << 0
@@ -104,7 +108,7 @@ class Header:
         )
         if self.version >= 3:
             packed += _V3.pack(self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.length)
-            packed += bytes([self.compression_type]).ljust(self.length - V3_LENGTH, b"\0")
+            packed += bytes([self.compression_type, *bytes(7)])[: self.length - V3_LENGTH]
         for kind, data in self.extensions:
             packed += struct.pack(">II", kind, len(data)) + data.ljust(-(-len(data) // 8) * 8, b"\0")
         packed += bytes(8)
