@@ -2,19 +2,23 @@
 
 import os.path
 import re
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from cowfs.block.disk import FLUSH_INTERVAL, Disk
 from cowfs.block.image import Backing, Image
 from cowfs.block.layer import Layer
 from cowfs.errors import CowfsError, InvalidImage, Unsupported
-from cowfs.formats.registry import Format, format_named, probe
+from cowfs.formats.registry import format_named, open_guessed
 from cowfs.storage import open_storage
 
 #: layers; a longer chain is taken for a mistake
 MAX_DEPTH = 256
 
 _PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
+
+#: looks at a file's name before it is opened
+Vet = Callable[[str], Awaitable[None]]
 
 
 class Source(NamedTuple):
@@ -28,8 +32,7 @@ async def open_image(name: str, format: str | None = None, *, writable: bool = F
     """Open one image without its backing. Errors name the file."""
     storage = await open_storage(name, writable=writable)
     try:
-        driver: Format = format_named(format) if format else await probe(storage)
-        return await driver.open(storage)
+        return await (format_named(format).open(storage) if format else open_guessed(storage))
     except CowfsError as error:
         await storage.close()
         if error.file is None:
@@ -40,9 +43,12 @@ async def open_image(name: str, format: str | None = None, *, writable: bool = F
         raise
 
 
-async def open_chain(name: str, format: str | None = None, *, writable: bool = False) -> list[Layer]:
+async def open_chain(
+    name: str, format: str | None = None, *, writable: bool = False, vet: Vet | None = None
+) -> list[Layer]:
     """Open an image and everything below it, active layer first; only the first is opened for writing.
 
+    ``vet`` is shown each file's name before it is opened, and refuses it by raising.
     Raises the first error met, after closing what was opened; a cycle is `InvalidImage`.
     """
     layers: list[Layer] = []
@@ -50,6 +56,8 @@ async def open_chain(name: str, format: str | None = None, *, writable: bool = F
     source: Source | None = Source(name, format)
     try:
         while source is not None:
+            if vet is not None:
+                await vet(source.name)
             image = await _open_member(source, layers, writable=writable and not layers)
             layers.append(Layer(image))
             if image.storage.identity in seen:
@@ -81,9 +89,10 @@ async def open_disk(
     writable: bool = False,
     copy_on_read: bool = True,
     flush_interval: float = FLUSH_INTERVAL,
+    vet: Vet | None = None,
 ) -> Disk:
-    """Open a chain as a disk. ``writable`` demands that the active layer can be written."""
-    layers = await open_chain(name, format, writable=writable)
+    """Open a chain as a disk. ``writable`` demands that the active layer can be written; see `open_chain`."""
+    layers = await open_chain(name, format, writable=writable, vet=vet)
     try:
         if writable:
             layers[0].require_writable()

@@ -1,0 +1,62 @@
+"""What stat(2) shows of a node."""
+
+import os
+import stat
+from functools import singledispatchmethod
+
+import pyfuse3
+
+from cowfs.fuse.options import Settings
+from cowfs.fuse.tree import ControlNode, Directory, FlatFile, LayerFile, Node
+
+#: seconds for which the kernel may rely on attributes and names; sizes change only through the kernel itself
+TIMEOUT = 1.0
+
+
+class Attributes:
+    """Makes the attributes of nodes, in accordance with the mount's options."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._mode = settings.mode
+        self._uid = os.getuid() if settings.uid is None else settings.uid
+        self._gid = os.getgid() if settings.gid is None else settings.gid
+
+    def of(self, node: Node) -> pyfuse3.EntryAttributes:
+        """Return everything about a node."""
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = node.inode
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = node.atime_ns, node.mtime_ns, node.ctime_ns
+        entry.entry_timeout = entry.attr_timeout = TIMEOUT
+        self._fill(node, entry)
+        return entry
+
+    @singledispatchmethod
+    def _fill(self, node: Node, entry: pyfuse3.EntryAttributes) -> None:
+        raise AssertionError(f"no attributes for {node}")
+
+    @_fill.register
+    def _(self, node: Directory, entry: pyfuse3.EntryAttributes) -> None:
+        # whoever may read files may list and enter directories
+        entry.st_mode = stat.S_IFDIR | self._mode & 0o444 | (self._mode & 0o444) >> 2 | 0o500
+        entry.st_nlink = 2
+
+    @_fill.register
+    def _(self, node: FlatFile, entry: pyfuse3.EntryAttributes) -> None:
+        disk = node.served.disk
+        entry.st_mode = stat.S_IFREG | (self._mode & 0o555 if disk.read_only else self._mode)
+        entry.st_size = disk.size
+        entry.st_blocks = sum(layer.storage.allocated for layer in disk.layers) // 512
+
+    @_fill.register
+    def _(self, node: LayerFile, entry: pyfuse3.EntryAttributes) -> None:
+        layers = node.served.disk.layers
+        below = layers[layers.index(node.layer) :] if node.layer in layers else ()
+        entry.st_mode = stat.S_IFREG | self._mode & 0o444
+        entry.st_size = node.layer.size
+        entry.st_blocks = sum(layer.storage.allocated for layer in below) // 512
+
+    @_fill.register
+    def _(self, node: ControlNode, entry: pyfuse3.EntryAttributes) -> None:
+        entry.st_mode = stat.S_IFREG | self._mode & (0o444 if node.file.command is None else 0o666)
+        entry.attr_timeout = 0

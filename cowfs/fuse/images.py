@@ -1,0 +1,259 @@
+"""The images of one mount: opened, served, taken out again."""
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from cowfs.block.disk import Disk
+from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
+from cowfs.formats.chain import open_disk
+from cowfs.fuse.options import Settings
+from cowfs.jobs.changes import Changes
+from cowfs.jobs.control import JobControl, Neighbour
+
+log = logging.getLogger(__name__)
+
+#: names in the mount's root and in its control directory that no image can have
+RESERVED = frozenset({".", "..", ".cowfs"})
+
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Source(NamedTuple):
+    """An image to serve; the name defaults to the file's, the format to the mount's."""
+
+    path: str
+    name: str | None = None
+    format: str | None = None
+    read_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Read ``[NAME=]PATH``; a text that is the path of something that exists is just that."""
+        name, sign, path = text.partition("=")
+        if not sign or "/" in name or os.path.lexists(text):
+            return cls(text)
+        return cls(path, name)
+
+
+def check_name(name: str, taken: frozenset[str] = RESERVED) -> None:
+    """Raise `UsageError` for what cannot be the name of a flat file."""
+    if not name or "/" in name or "\0" in name or "\n" in name or name in taken:
+        raise UsageError(f"'{name}' cannot be the name of a disk; put another one before the file: NAME=FILE")
+    if len(os.fsencode(name)) > 255:
+        raise UsageError("the name of the disk is too long; put another one before the file: NAME=FILE")
+
+
+class Served:
+    """One image of the mount: its disk, its jobs, and what went wrong last."""
+
+    def __init__(self, name: str, disk: Disk) -> None:
+        self.name = name
+        self.disk = disk
+        self.jobs: JobControl
+        #: why the last command, read or write that failed did so
+        self.error = ""
+        #: anything that the control files show, but for counters and progress
+        self.changes = Changes()
+        #: flat views that are open
+        self.open_files = 0
+        self._copy_on_read = disk.copy_on_read
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._running = False
+
+    @property
+    def file(self) -> str:
+        """Name of the active layer's file."""
+        return self.disk.layers[0].name
+
+    def set_copy_on_read(self, wanted: bool) -> None:
+        """Switch copy-on-read; a stream that runs keeps it on until it ends."""
+        self._copy_on_read = wanted
+        self._settle_copy_on_read()
+
+    def _settle_copy_on_read(self) -> None:
+        active = self.jobs.active
+        self.disk.copy_on_read = self._copy_on_read or (active is not None and active.verb == "stream")
+        self.changes.happened()
+
+    async def run(
+        self, neighbours: Callable[[], list[Neighbour]], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve the disk and its jobs until `stop`."""
+        self._running = True
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self.jobs = JobControl(self.disk, nursery, neighbours)
+                    self.jobs.on_change = self._settle_copy_on_read
+                    await nursery.start(self.disk.run)
+                    task_status.started()
+                    await trio.sleep_forever()
+        finally:
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """End the jobs, wait for what is in the background, flush and close."""
+        if self._running:
+            self._scope.cancel()
+            await self._ended.wait()
+        await self.disk.close()
+
+
+class Mount:
+    """All images of a mount, by name, in the order in which they came."""
+
+    def __init__(self, mount_point: str, settings: Settings, reserved: frozenset[str] = frozenset()) -> None:
+        self.mount_point = mount_point
+        self.settings = settings
+        self.images: dict[str, Served] = {}
+        self.error = ""
+        self.changes = Changes()
+        #: st_dev of the mount, once there is one
+        self.device: int | None = None
+        #: called with an image that is taken out, before it is closed
+        self.on_remove: Callable[[Served], None] = lambda served: None
+        self._taken = RESERVED | reserved
+        self._nursery: trio.Nursery | None = None
+        self._changing = trio.Lock()
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Begin to serve the images that are open, and from now on those that are added."""
+        self._nursery = nursery
+        for served in self.images.values():
+            await nursery.start(served.run, partial(self._neighbours, served))
+
+    def _neighbours(self, served: Served) -> list[Neighbour]:
+        return [Neighbour(other.name, other.disk) for other in self.images.values() if other is not served]
+
+    async def add(self, source: Source) -> None:
+        """Open an image, and serve it if the mount is being served.
+
+        Raises `UsageError` for names that are taken, `Busy` where two chains would write into each other's
+        layers, `NotPermitted` for files inside the mount, or what opening the chain raises.
+        """
+        async with self._changing:
+            served = await self._open(source)
+            if self._nursery is not None:
+                try:
+                    await self._nursery.start(served.run, partial(self._neighbours, served))
+                except BaseException:
+                    with trio.CancelScope(shield=True):
+                        await served.disk.close()
+                    raise
+            self.images[served.name] = served
+        self.changes.happened()
+
+    async def _open(self, source: Source) -> Served:
+        path = source.path
+        if not path:
+            raise UsageError("there is no file name")
+        name = Path(path).stem if source.name is None else source.name
+        check_name(name, self._taken)
+        if name in self.images:
+            other = self.images[name].file
+            raise UsageError(f"there is a disk '{name}' already ({other}); say which NAME this one has: NAME={path}")
+        writable = not (self.settings.read_only or source.read_only)
+        disk = await self._open_disk(path, source.format or self.settings.format, writable)
+        try:
+            self._refuse_sharing(disk)
+        except BaseException:
+            await disk.close()
+            raise
+        return Served(name, disk)
+
+    async def _open_disk(self, path: str, format: str | None, writable: bool) -> Disk:
+        try:
+            return await open_disk(
+                path,
+                format,
+                writable=writable,
+                copy_on_read=self.settings.copy_on_read,
+                flush_interval=self.settings.flush_interval,
+                vet=self._refuse_inside,
+            )
+        except CowfsError as error:
+            if writable and error.errno in _NOT_WRITABLE and error.file == path:
+                error.message += "; it may be mounted read-only, with -o ro"
+            raise
+
+    async def _refuse_inside(self, path: str) -> None:
+        """Refuse a file in the mount itself: the server would wait for its own answer."""
+        # in a thread, since looking at a path in the mount needs this thread to answer
+        if await trio.to_thread.run_sync(self._is_inside, path):
+            raise NotPermitted(f"lies inside the mount {self.mount_point}, which cannot serve it to itself", file=path)
+
+    def _is_inside(self, path: str) -> bool:
+        real = os.path.realpath(path)
+        if real.startswith(self.mount_point.rstrip("/") + "/"):
+            return True
+        try:
+            return self.device is not None and os.stat(real).st_dev == self.device  # noqa: PTH116
+        except OSError:
+            # opening it says better what is wrong with it
+            return False
+
+    def _refuse_sharing(self, disk: Disk) -> None:
+        """A file that one chain writes to must not be part of another."""
+        for other in self.images.values():
+            written, used = _written(other.disk), _identities(other.disk)
+            for layer in disk.layers:
+                mine = layer is disk.layers[0] and not disk.read_only
+                if layer.storage.identity in (used if mine else written):
+                    raise Busy(
+                        f"is part of the disk '{other.name}', and one of them would write to it", file=layer.name
+                    )
+
+    async def remove(self, name: str) -> None:
+        """Take an image out and close it. Raises `NotFound`, or `Busy` if it is open or has a job."""
+        async with self._changing:
+            served = self.images.get(name)
+            if served is None:
+                raise NotFound(f"there is no disk '{name}'")
+            if served.jobs.active is not None:
+                raise Busy(f"a {served.jobs.active.verb} job is active on '{name}'; cancel it first")
+            if served.open_files:
+                raise Busy(f"'{name}' is open")
+            del self.images[name]
+            self.on_remove(served)
+            await served.stop()
+        self.changes.happened()
+
+    async def close(self) -> bool:
+        """Stop and close all images; False if one of them could not be flushed. The log says which."""
+        sound = True
+        for served in list(self.images.values()):
+            try:
+                await served.stop()
+            except CowfsError as error:
+                log.error("closing '%s': %s", served.name, error)
+                sound = False
+        self.images.clear()
+        return sound
+
+    async def free_space(self) -> tuple[os.statvfs_result, int] | None:
+        """Return the state of the first image's file system, and the largest cluster of all images in bytes."""
+        if not self.images:
+            return None
+        first = next(iter(self.images.values()))
+        try:
+            state = await trio.to_thread.run_sync(os.statvfs, first.file)
+        except OSError as error:
+            raise StorageError.from_os(error, file=first.file, doing="cannot tell the free space") from error
+        return state, max(served.disk.cluster_size for served in self.images.values())
+
+
+def _identities(disk: Disk) -> set[tuple[object, ...]]:
+    return {layer.storage.identity for layer in disk.layers}
+
+
+def _written(disk: Disk) -> set[tuple[object, ...]]:
+    """Return what is open for writing: the active layer, and during a commit its base."""
+    return {layer.storage.identity for layer in disk.layers if not layer.storage.read_only}

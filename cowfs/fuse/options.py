@@ -1,0 +1,114 @@
+"""Mount options: what ``-o`` takes."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cowfs.block.disk import FLUSH_INTERVAL
+from cowfs.errors import UsageError
+from cowfs.formats.registry import format_named
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the mount options say; ``flush_interval`` in seconds, ``mode`` the permission bits of the flat files."""
+
+    read_only: bool = False
+    allow_other: bool = False
+    uid: int | None = None
+    gid: int | None = None
+    mode: int = 0o600
+    copy_on_read: bool = True
+    writeback_cache: bool = True
+    format: str | None = None
+    flush_interval: float = FLUSH_INTERVAL
+    log: str | None = None
+    #: flags of mount(2) by their names, passed on as they are
+    flags: frozenset[str] = field(default_factory=frozenset)
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError("is not a number")
+    return int(text)
+
+
+def _mode(text: str) -> int:
+    if not text or text.strip("01234567") or int(text, 8) > 0o777:
+        raise ValueError("is not a mode from 0 to 0777")
+    return int(text, 8)
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError("is not a number of seconds")
+    return seconds
+
+
+#: options with a value: name to field, reader (`ValueError` says what is wrong), line of help
+VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "uid": ("uid", _number, "owner of all files, as a number; default: who mounts"),
+    "gid": ("gid", _number, "group of all files, as a number; default: that of who mounts"),
+    "mode": ("mode", _mode, "permission bits of the flat files, in octal; default 600"),
+    "format": ("format", lambda text: format_named(text).name, "format of the images; default: told from the file"),
+    "flush-interval": ("flush_interval", _interval, "seconds between flushes where no fsync comes; default 5"),
+    "log": ("log", lambda text: str(Path(text).absolute()), "file for messages of the server; default: syslog"),
+}
+
+#: options without a value: name to what they set, line of help
+SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "ro": ({"read_only": True}, "nothing can be written, not even a control file"),
+    "rw": ({"read_only": False}, "the opposite; the default"),
+    "allow_other": ({"allow_other": True}, "users other than the one who mounts may enter"),
+    "copy-on-read": ({"copy_on_read": True}, "what a read fetches from below stays in the overlay; the default"),
+    "no-copy-on-read": ({"copy_on_read": False}, "it does not"),
+    "writeback-cache": ({"writeback_cache": True}, "buffered writes wait in the kernel's page cache; the default"),
+    "no-writeback-cache": ({"writeback_cache": False}, "every write reaches the server before it returns"),
+}
+
+#: passed on to mount(2)
+FLAGS = ("noatime", "atime", "nodev", "dev", "nosuid", "suid", "noexec", "exec", "sync", "async", "dirsync")
+
+#: words that mean something to mount(8), to the init system, or to other FUSE file systems, but nothing here
+IGNORED = (
+    *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "_netdev", "nofail", "relatime"),
+    *("norelatime", "strictatime", "nodiratime", "diratime", "lazytime", "nolazytime", "silent", "loud"),
+    *("default_permissions", "nonempty"),
+)
+
+
+def parse_options(texts: Iterable[str]) -> Settings:
+    """Read comma-separated options; of two that contradict each other the last counts.
+
+    Raises `UsageError` for one that is unknown or has a bad value.
+    """
+    settings = Settings()
+    for word in (word for text in texts for word in text.split(",") if word):
+        name, sign, value = word.partition("=")
+        if name in VALUES and sign:
+            attribute, read, _ = VALUES[name]
+            try:
+                settings = replace(settings, **{attribute: read(value)})
+            except ValueError as error:
+                raise UsageError(f"mount option {name}: '{value}' {error}") from None
+        elif word in SWITCHES:
+            settings = replace(settings, **SWITCHES[word][0])
+        elif word in FLAGS:
+            settings = replace(settings, flags=settings.flags | {word})
+        elif word not in IGNORED and not name.startswith(("x-", "X-", "comment")):
+            raise UsageError(_complaint(name, sign))
+    return settings
+
+
+def _complaint(name: str, sign: str) -> str:
+    if name in VALUES:
+        return f"mount option {name} needs a value: {name}=…"
+    if sign and (name in SWITCHES or name in FLAGS):
+        return f"mount option {name} takes no value"
+    return f"unknown mount option '{name}'"

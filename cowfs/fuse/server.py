@@ -1,0 +1,181 @@
+"""The server of one mount, from opening the images to the last flush."""
+
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyfuse3
+import trio
+
+from cowfs.errors import CowfsError
+from cowfs.fuse import kernel
+from cowfs.fuse.control import MOUNT_FILES
+from cowfs.fuse.images import Mount, Served, Source
+from cowfs.fuse.loop import speed_up
+from cowfs.fuse.operations import Operations
+from cowfs.fuse.options import Settings
+from cowfs.fuse.tree import FlatFile, Node
+
+log = logging.getLogger(__name__)
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to mount where; all paths absolute."""
+
+    sources: Sequence[Source]
+    mount_point: str
+    settings: Settings
+
+
+def serve(request: Request, ready: Callable[[], None]) -> int:
+    """Open the images, mount, and serve until unmounted or told to end by a signal; the exit code.
+
+    ``ready`` is called once the mount answers. What goes wrong before is raised; afterwards it is logged.
+    """
+    return trio.run(_serve, request, ready)
+
+
+async def _serve(request: Request, ready: Callable[[], None]) -> int:
+    mount = Mount(request.mount_point, request.settings, frozenset(MOUNT_FILES))
+    try:
+        for source in request.sources:
+            await mount.add(source)
+        operations = Operations(mount)
+        _mount(operations, request)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await mount.close()
+        raise
+    return await _Server(mount, operations, ready).run()
+
+
+def _mount(operations: Operations, request: Request) -> None:
+    speed_up()
+    with _stderr_kept() as said:
+        try:
+            pyfuse3.init(operations, request.mount_point, _fuse_options(request))
+        except RuntimeError as error:
+            reason = said().strip().replace("\n", "; ") or str(error)
+            raise CowfsError(f"cannot mount: {reason}", file=request.mount_point) from error
+
+
+def _fuse_options(request: Request) -> set[str]:
+    settings = request.settings
+    source = request.sources[0].path if len(request.sources) == 1 else "cowfs"
+    if not source.isascii() or not source.isprintable() or set(source) & set(",\\ "):
+        source = "cowfs"
+    options = {f"fsname={source}", "subtype=cowfs", "default_permissions", *settings.flags}
+    if settings.read_only:
+        options.add("ro")
+    if settings.allow_other:
+        options.add("allow_other")
+    return options
+
+
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[Callable[[], str]]:
+    """Keep what libfuse prints on standard error, to make it part of our own one line."""
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+class _Server:
+    """The mount between its first and its last request."""
+
+    def __init__(self, mount: Mount, operations: Operations, ready: Callable[[], None]) -> None:
+        self._mount = mount
+        self._tree = operations.tree
+        self._ready = ready
+        self._overrun: set[FlatFile] = set()
+        self._overruns = trio.Event()
+        operations.on_overrun = self._note_overrun
+        mount.on_remove = self._forget
+
+    async def run(self) -> int:
+        """Serve; the exit code."""
+        crashed = False
+        with trio.open_signal_receiver(*_ENDING) as signals:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._await_signal, signals)
+                    await self._mount.start(nursery)
+                    nursery.start_soon(self._announce)
+                    nursery.start_soon(self._correct_sizes)
+                    await pyfuse3.main()
+                    nursery.cancel_scope.cancel()
+            except Exception:
+                log.exception("internal error; the mount ends")
+                crashed = True
+            sound = await self._mount.close()
+            # after a crash the mount stays behind, visibly broken, rather than an empty directory
+            pyfuse3.close(unmount=not crashed)
+        return 0 if sound and not crashed else 1
+
+    async def _announce(self) -> None:
+        """See that the mount answers, and say so."""
+        where = self._mount.mount_point
+        await trio.to_thread.run_sync(os.statvfs, where)
+        self._mount.device = (await trio.to_thread.run_sync(os.stat, where)).st_dev
+        await trio.to_thread.run_sync(kernel.tune, where)
+        log.info("%s: serving %s", where, ", ".join(self._mount.images) or "no images")
+        self._ready()
+
+    async def _await_signal(self, signals: AsyncIterator[int]) -> None:
+        """The first signal ends the mount in order, a second one at once."""
+        async with trio.open_nursery() as nursery:
+            async for number in signals:
+                log.info("%s: ending, after signal %d", self._mount.mount_point, number)
+                if nursery.child_tasks:
+                    pyfuse3.terminate()
+                else:
+                    nursery.start_soon(self._end)
+
+    async def _end(self) -> None:
+        for name in list(self._mount.images):
+            await self._ask_kernel(kernel.flush_pages, name)
+        pyfuse3.terminate()
+
+    async def _ask_kernel(self, call: Callable[..., None], name: str, *args: object) -> None:
+        try:
+            await trio.to_thread.run_sync(call, self._mount.mount_point, name, *args, abandon_on_cancel=True)
+        except OSError as error:
+            log.error("'%s': %s", name, error)
+
+    # -- what the kernel has to be told
+
+    def _note_overrun(self, node: Node) -> None:
+        assert isinstance(node, FlatFile)
+        self._overrun.add(node)
+        self._overruns.set()
+
+    async def _correct_sizes(self) -> None:
+        while True:
+            await self._overruns.wait()
+            self._overruns = trio.Event()
+            while self._overrun:
+                served = self._overrun.pop().served
+                await self._ask_kernel(kernel.correct_size, served.name, served.disk.size)
+
+    def _forget(self, served: Served) -> None:
+        """Make an image's names vanish from the kernel's memory too."""
+        self._tree.forget(served)
+        for directory in (self._tree.root, self._tree.control):
+            pyfuse3.invalidate_entry_async(directory.inode, os.fsencode(served.name), ignore_enoent=True)
