@@ -1,0 +1,178 @@
+"""Check of a QED image: every cluster is referenced once and only once; section "Consistency checking".
+
+What is counted, and how, is what ``qemu-img check`` does. Besides the table that is looked at, only one bit a
+cluster of the file is kept.
+"""
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from cowfs.block.check import CheckResult
+from cowfs.errors import Unsupported
+from cowfs.formats.qed.layout import ZERO_CLUSTER
+from cowfs.formats.qed.space import Space
+
+if TYPE_CHECKING:
+    from cowfs.formats.qed.image import QedImage
+
+#: entries of a table: host offsets in bytes
+Entries = npt.NDArray[np.uint64]
+#: cluster numbers
+Clusters = npt.NDArray[np.int64]
+Runs = list[tuple[int, int]]
+
+#: host clusters; more cannot be kept track of in reasonable memory
+MAX_CLUSTERS = 1 << 33
+#: bytes of the bitmap that are unpacked at once
+_WINDOW = 1 << 16
+
+
+def entries_of(table: "array[int]") -> Entries:
+    """View a table's entries as numpy does, without copying."""
+    return np.frombuffer(table, np.uint64)
+
+
+class ClusterSet:
+    """A set of the clusters of a file: one bit for each."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+        self._bits = np.zeros(-(-end // 8), np.uint8)
+
+    def add(self, clusters: Clusters) -> int:
+        """Add clusters; returns how many of them were in already, or come twice."""
+        unique = np.unique(clusters)
+        byte, bit = unique >> 3, (1 << (unique & 7)).astype(np.uint8)
+        again = np.count_nonzero(self._bits[byte] & bit)
+        np.bitwise_or.at(self._bits, byte, bit)
+        return len(clusters) - len(unique) + int(again)
+
+    def add_range(self, first: int, count: int) -> int:
+        """Add adjacent clusters; returns how many of them were in already."""
+        return self.add(np.arange(first, first + count, dtype=np.int64))
+
+    def free(self, end: int) -> Iterator[Clusters]:
+        """Clusters below ``end`` that are not in, in ascending order, some at a time."""
+        for start in range(0, -(-end // 8), _WINDOW):
+            flags = np.unpackbits(self._bits[start : start + _WINDOW], bitorder="little")
+            yield np.flatnonzero(flags[: end - start * 8] == 0) + start * 8
+
+    def count_free(self) -> int:
+        """How many are not in."""
+        return sum(len(clusters) for clusters in self.free(self.end))
+
+    def space(self) -> Space:
+        """Return what may be handed out when these clusters are in use."""
+        space = Space(self.end)
+        for clusters in self.free(self.end):
+            for first, count in runs(clusters):
+                space.give(first, count)
+        return space
+
+
+def runs(clusters: Clusters) -> Runs:
+    """Join clusters that follow each other: (first, count)."""
+    if not len(clusters):
+        return []
+    breaks = np.flatnonzero(np.diff(clusters) != 1) + 1
+    starts = np.concatenate(([0], breaks))
+    counts = np.diff(np.concatenate((starts, [len(clusters)])))
+    return [(int(clusters[start]), int(count)) for start, count in zip(starts, counts, strict=True)]
+
+
+class Scan(NamedTuple):
+    """Outcome of a walk over all tables; ``empty`` are L1 indices of L2 tables without any entry."""
+
+    result: CheckResult
+    used: ClusterSet
+    empty: list[int]
+
+
+async def check(image: "QedImage") -> CheckResult:
+    """Look for what ``qemu-img check`` looks for; changes nothing."""
+    storage = image.storage
+    end = storage.length >> image.cluster_bits if storage.read_only else image.space.end
+    found = await scan(image, end)
+    leaks = found.used.count_free()
+    if leaks:
+        found.result.leak(f"{leaks} clusters, which nothing refers to", leaks)
+    return found.result
+
+
+async def scan(image: "QedImage", end: int) -> Scan:
+    """Walk over all tables of an image whose file has ``end`` whole clusters. Nothing else may be under way."""
+    walk = _Walk(image, end)
+    await walk.run()
+    return Scan(walk.result, walk.used, walk.empty)
+
+
+class _Walk:
+    def __init__(self, image: "QedImage", end: int) -> None:
+        self.image = image
+        self.bits = image.cluster_bits
+        self.end = end
+        self.first = image.header.header_size
+        self.table_size = image.header.table_size
+        if end > MAX_CLUSTERS:
+            raise Unsupported(f"has {end} clusters, too many to check", file=image.storage.name)
+        self.used = ClusterSet(end)
+        self.empty: list[int] = []
+        self.result = CheckResult(total_clusters=-(-image.size >> self.bits))
+
+    async def run(self) -> None:
+        l1 = self.image.l1
+        self.used.add_range(0, self.first)
+        self.used.add_range(l1.offset >> self.bits, min(self.table_size, self.end - (l1.offset >> self.bits)))
+        entries = entries_of(l1.entries)
+        present = np.flatnonzero(entries)
+        inside = self._are_inside(entries[present], self.table_size)
+        if wrong := len(present) - int(np.count_nonzero(inside)):
+            self.result.corrupt(f"{wrong} L1 entries point to where no table can be", wrong)
+        overlapping = 0
+        for index in present[inside]:
+            overlapping += await self._visit(int(index), int(entries[index]))
+            # a large image is walked for long, mostly from the page cache
+            await trio.lowlevel.checkpoint()
+        if overlapping:
+            self.result.corrupt(f"{overlapping} clusters of L2 tables are used for something else too", overlapping)
+
+    async def _visit(self, index: int, offset: int) -> int:
+        """Account for one L2 table, and for what it refers to unless it lies where something else is.
+
+        Returns how many of the table's clusters were used before.
+        """
+        overlapping = self.used.add_range(offset >> self.bits, self.table_size)
+        if overlapping:
+            return overlapping
+        table = await self.image.peek_table(offset)
+        data = table[table > ZERO_CLUSTER]
+        if not table.any():
+            self.empty.append(index)
+        self._count(data)
+        inside = self._are_inside(data, 1)
+        if wrong := len(data) - int(np.count_nonzero(inside)):
+            self.result.corrupt(f"{wrong} entries of the L2 table at {offset:#x} point to where no data can be", wrong)
+        again = self.used.add(self._clusters(data[inside]))
+        if again:
+            self.result.corrupt(f"{again} entries of the L2 table at {offset:#x} point to clusters in use", again)
+        return 0
+
+    def _count(self, data: Entries) -> None:
+        self.result.allocated_clusters += len(data)
+        jumps = data[1:] != data[:-1] + np.uint64(self.image.cluster_size)
+        self.result.fragmented_clusters += int(np.count_nonzero(jumps))
+
+    def _clusters(self, offsets: Entries) -> Clusters:
+        return (offsets >> np.uint64(self.bits)).astype(np.int64)
+
+    def _are_inside(self, offsets: Entries, size: int) -> npt.NDArray[np.bool_]:
+        """Which offsets are aligned, with so many clusters between header and end of the file."""
+        clusters = self._clusters(offsets)
+        inside: npt.NDArray[np.bool_] = (clusters >= self.first) & (clusters <= self.end - size)
+        inside &= offsets & np.uint64(self.image.cluster_size - 1) == 0
+        return inside
