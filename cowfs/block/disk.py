@@ -209,7 +209,7 @@ class Disk:
             return False
         top = self.layers[0]
         extents = top.map_now(offset, length)
-        if extents is None or not top.begun:
+        if extents is None or not top.begun or offset < top.image.vetted:
             return False
         for extent in extents:
             if extent.kind is not Kind.DATA:
@@ -256,6 +256,8 @@ class Disk:
         """Write into one layer of the chain. The caller holds the clusters."""
         layer = self.layers[depth]
         await layer.begin()
+        if offset < layer.image.vetted:
+            await self._vet(depth, offset, data)
         for in_place, extents in _by_treatment(await layer.map(offset, len(data))):
             start, end = extents[0].offset, extents[-1].end
             if not in_place:
@@ -265,6 +267,14 @@ class Disk:
                 part = data[extent.offset - offset : extent.end - offset]
                 if not layer.storage.write_now(extent.host_offset, (part,)):
                     await layer.storage.write(extent.host_offset, (part,))
+
+    async def _vet(self, depth: int, offset: int, data: memoryview) -> None:
+        """Show the image what the start of its disk is about to become."""
+        image = self.layers[depth].image
+        head = await self.read(0, min(image.vetted, image.size), depth)
+        written = data[: len(head) - offset]
+        head[offset : offset + len(written)] = written
+        image.vet_head(bytes(head))
 
     async def _allocate(self, depth: int, offset: int, data: memoryview) -> None:
         """Write where the layer has no space of its own yet: copy-on-write of what the data leaves of its clusters."""

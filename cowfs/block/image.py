@@ -84,6 +84,12 @@ class Image(ABC):
         """Unpack the whole cluster that a compressed extent lies in."""
         raise Unsupported(f"{self.format} has no compressed clusters")
 
+    #: bytes at the start of the disk that `vet_head` wants to see before they are written; 0 for none
+    vetted: int = 0
+
+    def vet_head(self, head: bytes) -> None:
+        """Raise `NotPermitted` unless the first ``vetted`` bytes of the disk may become ``head``."""
+
     async def begin_writing(self) -> None:
         """The first change since it was opened for writing is about to be made, perhaps to data alone."""
 

@@ -1,10 +1,10 @@
 """Raw: the guest's bytes as they are. What a format must supply at the least can be read here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.image import Backing, Image
-from cowfs.errors import UsageError
+from cowfs.errors import NotPermitted, UsageError
 from cowfs.formats.options import parse_choice, refuse_unknown
 from cowfs.storage.base import Storage
 
@@ -17,6 +17,20 @@ class RawImage(Image):
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.size = storage.length
+        self._refusal: Callable[[bytes], str | None] = lambda head: None
+
+    def guard_head(self, length: int, refusal: Callable[[bytes], str | None]) -> None:
+        """Let ``refusal`` see the first ``length`` bytes before they change; a sentence from it refuses that.
+
+        For an image whose format was guessed: a guest that writes another format's header into it would have
+        it taken for an image of that format the next time, with a backing file of the guest's choice.
+        """
+        self.vetted, self._refusal = length, refusal
+
+    def vet_head(self, head: bytes) -> None:
+        """Ask whoever guards the start of the disk."""
+        if sentence := self._refusal(head):
+            raise NotPermitted(sentence, file=self.storage.name)
 
     def lookup(self, offset: int, length: int) -> list[Extent]:
         """Everything is data, where the guest sees it."""

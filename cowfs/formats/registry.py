@@ -50,7 +50,26 @@ def format_named(name: str) -> Format:
         raise UsageError(f"unknown format '{name}'; cowfs knows {', '.join(FORMATS)}") from None
 
 
+async def open_guessed(storage: Storage) -> Image:
+    """Open an image of unnamed format. One that is taken for raw may not become anything else while in use."""
+    image = await (await probe(storage)).open(storage)
+    if isinstance(image, raw.RawImage):
+        image.guard_head(PROBE_BYTES, _other_format)
+    return image
+
+
+def _other_format(head: bytes) -> str | None:
+    found = _probe_head(head)
+    if found.name == "raw":
+        return None
+    return f"the disk's format was guessed, and a {found.name} header in it would change that; give format=raw"
+
+
 async def probe(storage: Storage) -> Format:
     """Tell a file's format from its first bytes; what nothing else claims is raw."""
     head = await storage.read_bytes(0, min(PROBE_BYTES, storage.length))
+    return _probe_head(head)
+
+
+def _probe_head(head: bytes) -> Format:
     return next(format for format in FORMATS.values() if format.probe(head))

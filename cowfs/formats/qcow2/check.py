@@ -5,12 +5,12 @@ The rules and the counting are those of ``qemu-img check``; whole tables are han
 
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from cowfs.block.check import CheckResult
+from cowfs.block.metacache import MetadataCache, Table
 from cowfs.errors import CorruptImage, Unsupported
 from cowfs.formats.qcow2.compressed import SECTOR
 from cowfs.formats.qcow2.layout import (
@@ -23,11 +23,10 @@ from cowfs.formats.qcow2.layout import (
     OFFSET_MASK,
     REFCOUNT_TABLE_RESERVED,
     ZERO,
+    Header,
 )
 from cowfs.formats.qcow2.snapshots import read_snapshots
-
-if TYPE_CHECKING:
-    from cowfs.formats.qcow2.image import Qcow2Image
+from cowfs.storage.base import Storage
 
 Entries = npt.NDArray[np.uint64]
 Counts = npt.NDArray[np.unsignedinteger]
@@ -38,29 +37,36 @@ MAX_CLUSTERS = 1 << 30
 _BITMAP_ENTRY = struct.Struct(">QIIBBHI")
 
 
-async def check(image: "Qcow2Image") -> CheckResult:
+async def check(
+    storage: Storage, header: Header, tables: MetadataCache, l1: Table, refcount_table: Table
+) -> CheckResult:
     """Look for everything that ``qemu-img check`` looks for; changes nothing."""
-    return await _Check(image).run()
+    return await _Check(storage, header, tables, l1, refcount_table).run()
 
 
 class _Check:
-    def __init__(self, image: "Qcow2Image") -> None:
-        self.image = image
-        self.storage = image.storage
-        self.bits = image.cluster_bits
-        self.size = image.cluster_size
-        self.clusters = -(-self.storage.length >> self.bits)
+    def __init__(
+        self, storage: Storage, header: Header, tables: MetadataCache, l1: Table, refcount_table: Table
+    ) -> None:
+        self.storage = storage
+        self.header = header
+        self.tables = tables
+        self.l1 = l1
+        self.refcount_table = refcount_table
+        self.bits = header.cluster_bits
+        self.size = header.cluster_size
+        self.clusters = -(-storage.length >> self.bits)
         if self.clusters > MAX_CLUSTERS:
-            raise Unsupported(f"has {self.clusters} clusters, too many to check", file=self.storage.name)
-        self.result = CheckResult(total_clusters=-(-image.size // self.size))
+            raise Unsupported(f"has {self.clusters} clusters, too many to check", file=storage.name)
+        self.result = CheckResult(total_clusters=-(-header.size // self.size))
         self.counted = np.zeros(self.clusters, np.uint32)
-        self.stored: Counts = np.zeros(self.clusters, np.uint64 if image.header.refcount_order == 6 else np.uint32)
+        self.stored: Counts = np.zeros(self.clusters, np.uint64 if header.refcount_order == 6 else np.uint32)
 
     async def run(self) -> CheckResult:
-        image, header = self.image, self.image.header
+        header = self.header
         await self._load_counts()
         self._count_area(0, self.size)
-        await self._count_l1(image.l1.offset, image.l1.entries, active=True)
+        await self._count_l1(self.l1.offset, self.l1.entries, active=True)
         if header.snapshots:
             snapshots, table_bytes = await read_snapshots(self.storage, header)
             self._count_area(header.snapshots_offset, table_bytes)
@@ -75,8 +81,8 @@ class _Check:
     # -- counts on disk
 
     async def _load_counts(self) -> None:
-        per_block = 8 * self.size >> self.image.header.refcount_order
-        for index, entry in enumerate(self.image.refcounts.table.entries):
+        per_block = 8 * self.size >> self.header.refcount_order
+        for index, entry in enumerate(self.refcount_table.entries):
             start = index * per_block
             offset = entry & OFFSET_MASK
             if start >= self.clusters or not self._is_block(offset):
@@ -85,7 +91,7 @@ class _Check:
             self.stored[start : start + per_block] = counts[: self.clusters - start]
 
     def _unpack(self, block: bytes) -> npt.NDArray[np.unsignedinteger]:
-        order = self.image.header.refcount_order
+        order = self.header.refcount_order
         if order >= 3:
             return np.frombuffer(block, f">u{1 << order - 3}")
         width = 1 << order
@@ -96,7 +102,7 @@ class _Check:
         return bool(offset) and not offset % self.size and offset >> self.bits < self.clusters
 
     def _count_blocks(self) -> None:
-        for index, entry in enumerate(self.image.refcounts.table.entries):
+        for index, entry in enumerate(self.refcount_table.entries):
             offset = entry & OFFSET_MASK
             if entry & REFCOUNT_TABLE_RESERVED:
                 self.result.corrupt(f"refcount table entry {index} has reserved bits set")
@@ -136,7 +142,7 @@ class _Check:
         if offset % self.size or offset + entries * 8 > self.storage.length:
             self.result.corrupt(f"L1 table of a snapshot at {offset:#x} is no place for one")
             return
-        table = await self.image.tables.read(offset, entries * 8, "Q", "L1 table of a snapshot")
+        table = await self.tables.read(offset, entries * 8, "Q", "L1 table of a snapshot")
         await self._count_l1(offset, table, active=False)
 
     async def _count_l1(self, offset: int, entries: "array[int]", *, active: bool) -> None:
@@ -158,8 +164,8 @@ class _Check:
             if table + self.size > self.storage.length:
                 self.result.corrupt(f"L2 table at {table:#x} is cut off by the end of the file")
                 continue
-            cached = self.image.tables.get(table)
-            found = cached.entries if cached else await self.image.tables.read(table, self.size, "Q", "L2 table")
+            cached = self.tables.get(table)
+            found = cached.entries if cached else await self.tables.read(table, self.size, "Q", "L2 table")
             self._count_l2(np.frombuffer(found, np.uint64), active=active)
 
     def _check_copied_table(self, index: int, entry: int) -> None:
@@ -175,7 +181,7 @@ class _Check:
         normal = hosts != 0
         for entry in entries[~is_compressed & (entries & np.uint64(L2_RESERVED) != 0)]:
             self.result.corrupt(f"found l2 entry with reserved bits set: {int(entry):x}")
-        if not self.image.zero_entry():
+        if self.header.version < 3:
             for entry in entries[~is_compressed & (entries & ZERO != 0)]:
                 self.result.corrupt(f"l2_entry={int(entry):x}: zero flag in a version 2 image")
         unaligned = hosts & np.uint64(self.size - 1) != 0
@@ -222,7 +228,7 @@ class _Check:
 
     async def _count_bitmaps(self) -> None:
         """Section "Bitmaps extension"; without its autoclear bit the extension says nothing."""
-        header = self.image.header
+        header = self.header
         data = next((data for kind, data in header.extensions if kind == EXTENSION_BITMAPS), b"")
         if not header.autoclear & AUTOCLEAR_BITMAPS or len(data) < 24:
             return
@@ -244,7 +250,7 @@ class _Check:
     async def _count_bitmap_table(self, offset: int, entries: int) -> None:
         self._count_area(offset, entries * 8)
         try:
-            table = await self.image.tables.read(offset, entries * 8, "Q", "bitmap table")
+            table = await self.tables.read(offset, entries * 8, "Q", "bitmap table")
         except CorruptImage as error:
             self.result.corrupt(error.message)
             return

@@ -236,7 +236,7 @@ class Qcow2Image(TwoLevelImage):
 
     async def check(self) -> CheckResult:
         """Count all references and compare."""
-        return await check(self)
+        return await check(self.storage, self.header, self.tables, self.l1, self.refcounts.table)
 
     def details(self) -> dict[str, Any]:
         """In the order that ``qemu-img info`` has."""
