@@ -1,0 +1,84 @@
+"""Running a job from the command line: live, through its control file, or offline, on an image of no mount."""
+
+import os
+import select
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import trio
+
+from cowfs.cli.live import Live
+from cowfs.cli.progress import Display, progress_display
+from cowfs.errors import CowfsError
+from cowfs.formats.chain import open_disk
+from cowfs.jobs.control import KINDS, progress
+from cowfs.jobs.job import Job, State
+
+#: seconds between two looks at a job that goes on
+INTERVAL = 0.5
+#: exit code after Ctrl-C, as shells report it
+INTERRUPTED = 130
+
+
+def run_live(live: Live, verb: str, keys: Sequence[str], *, wait: bool, quiet: bool) -> int | None:
+    """Start a job in a mount and follow it to its end. Ctrl-C leaves it running; the exit code."""
+    live.command(verb, " ".join(["start", *keys]))
+    if not wait:
+        return None
+    try:
+        with progress_display(verb, quiet=quiet) as display:
+            facts = _follow(live, verb, display)
+    except KeyboardInterrupt:
+        click.echo(f"The {verb} job goes on; watch it with 'cat {live.control(verb)}', end it by writing cancel there.")
+        return INTERRUPTED
+    return _outcome(verb, facts, live.path)
+
+
+def _follow(live: Live, verb: str, display: Display) -> dict[str, str]:
+    """Show a job until it has ended, looking again at every change of state and now and then."""
+    with open(live.control(verb), "rb", buffering=0) as file:
+        poll = select.poll()
+        poll.register(file, select.POLLPRI)
+        while True:
+            text = os.pread(file.fileno(), 1 << 16, 0).decode(errors="surrogateescape")
+            facts = dict(line.split(": ", 1) for line in text.splitlines())
+            display.show(facts)
+            if not State(facts["state"]).is_active:
+                return facts
+            poll.poll(INTERVAL * 1000)
+
+
+def run_offline(file: str, format: str | None, verb: str, speed: int, *, quiet: bool) -> int | None:
+    """Open a chain, run a job on it, close it."""
+    return trio.run(_run_offline, file, format, verb, speed, quiet)
+
+
+async def _run_offline(file: str, format: str | None, verb: str, speed: int, quiet: bool) -> int | None:
+    disk = await open_disk(file, format, writable=True, copy_on_read=False)
+    try:
+        job = KINDS[verb].make(disk, speed=speed)
+        with progress_display(verb, quiet=quiet) as display:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_watch, job, display)
+                await job.run()
+                nursery.cancel_scope.cancel()
+            display.show(progress(job))
+    finally:
+        with trio.CancelScope(shield=True):
+            await disk.close()
+    return _outcome(verb, progress(job), file)
+
+
+async def _watch(job: Job, display: Display) -> None:
+    while True:
+        await trio.sleep(INTERVAL)
+        display.show(progress(job))
+
+
+def _outcome(verb: str, facts: dict[str, Any], file: str) -> int | None:
+    if facts["state"] == State.COMPLETED.value:
+        return None
+    if facts["state"] == State.CANCELLED.value:
+        raise CowfsError(f"the {verb} job was cancelled", file=file)
+    raise CowfsError(f"the {verb} job failed: {facts['error']}", file=file)

@@ -1,0 +1,40 @@
+"""``cowfs stream``: copy what the backing files hold into the active image."""
+
+import click
+
+from cowfs.cli.jobs import run_live, run_offline
+from cowfs.cli.live import find_live
+from cowfs.cli.options import quiet_option
+from cowfs.errors import UsageError
+from cowfs.units import parse_size
+
+
+@click.command()
+@click.option("-f", "--format", metavar="FMT", help="Format of an image FILE; told from its first bytes if not given.")
+@click.option("--speed", metavar="SIZE", default="0", help="Bytes a second that are copied at most; 0 is no limit.")
+@click.option("--no-wait", is_flag=True, help="Return at once; the job goes on in the mount.")
+@quiet_option
+@click.argument("file", metavar="MOUNT/NAME|FILE")
+def command(file: str, format: str | None, speed: str, no_wait: bool, quiet: bool) -> int | None:
+    """Copy everything that an image takes from its backing files into the image itself, then let go of them.
+
+    Given the flat file of a mount, this happens under whoever uses the disk: nothing of it can be seen in the
+    disk's content. Ctrl-C leaves the job running; steer it through MOUNT/.cowfs/NAME/stream. Given an image
+    file, which nothing else may use meanwhile, it is done here; a run that was broken off is taken up by the
+    next.
+
+    \b
+    Examples:
+      cowfs stream /mnt/disks/vm1
+      cowfs stream --speed 50M --no-wait /mnt/disks/vm1
+      cowfs stream overlay.qcow2
+    """
+    limit = parse_size(speed)
+    live = find_live(file)
+    if live is None:
+        if no_wait:
+            raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
+        return run_offline(file, format, "stream", limit, quiet=quiet)
+    if format is not None:
+        raise UsageError("--format is for image files; this disk is open already", file=file)
+    return run_live(live, "stream", [f"speed={limit}"], wait=not no_wait, quiet=quiet)
