@@ -1,0 +1,202 @@
+import errno
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowfs.errors import ReadOnly, StorageError
+from cowfs.storage.base import Region
+from cowfs.storage.file import FileStorage
+
+CONTENT = random.Random(1).randbytes(300_000)
+
+
+@pytest.fixture
+async def storage(tmp_path: Path) -> FileStorage:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    return FileStorage.open(str(path), writable=True)
+
+
+def views(*sizes: int) -> list[memoryview]:
+    return [memoryview(bytearray(b"\xaa" * size)) for size in sizes]
+
+
+async def test_reads_fill_every_buffer(storage: FileStorage) -> None:
+    for sizes in ((1,), (4096,), (3, 5000, 1, 70_000)):
+        for offset in (0, 1, 4095, 200_001):
+            buffers = views(*sizes)
+            await storage.read(offset, buffers)
+            assert b"".join(buffers) == CONTENT[offset : offset + sum(sizes)]
+            if storage.read_now(offset, buffers):
+                assert b"".join(buffers) == CONTENT[offset : offset + sum(sizes)]
+    await storage.close()
+
+
+@pytest.mark.parametrize("offset", [299_990, 300_000, 10**9])
+async def test_what_lies_past_the_end_reads_as_zeros(storage: FileStorage, offset: int) -> None:
+    expected = CONTENT[offset : offset + 9000].ljust(9000, b"\0")
+    buffers = views(4000, 5000)
+    await storage.read(offset, buffers)
+    assert b"".join(buffers) == expected
+    buffers = views(4000, 5000)
+    assert storage.read_now(offset, buffers)
+    assert b"".join(buffers) == expected
+    await storage.close()
+
+
+async def test_writes_grow_the_file(storage: FileStorage) -> None:
+    await storage.write(400_000, [b"one", b"", bytearray(b"two")])
+    assert storage.length == 400_006
+    assert (await storage.read_bytes(299_999, 100_008)) == CONTENT[-1:] + bytes(100_000) + b"onetwo" + b"\0"
+    await storage.close()
+
+
+def short(call: Callable[..., int], most: int) -> Callable[..., int]:
+    """A system call that transfers a few bytes at a time, as it may."""
+
+    def wrapped(fd: int, buffers: Any, offset: int, *flags: int) -> int:
+        first = memoryview(next(buffer for buffer in buffers if len(buffer)))[:most]
+        return call(fd, [first], offset, *flags)
+
+    return wrapped
+
+
+async def test_short_transfers_are_continued(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "preadv", short(os.preadv, 1000))
+    monkeypatch.setattr(os, "pwritev", short(os.pwritev, 777))
+    data = random.Random(2).randbytes(20_000)
+    await storage.write(5, [data[:9000], data[9000:9001], data[9001:]])
+    buffers = views(1, 12_000, 7999)
+    assert not storage.read_now(5, buffers), "what comes short is left to the form that may wait"
+    await storage.read(5, buffers)
+    assert b"".join(buffers) == data
+    await storage.close()
+
+
+async def test_a_write_that_makes_no_progress_is_an_error(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwritev", lambda *_: 0)
+    with pytest.raises(StorageError):
+        await storage.write(0, [b"x"])
+    await storage.close()
+
+
+async def test_more_buffers_than_one_call_takes(storage: FileStorage) -> None:
+    parts = [bytes([number % 256]) * 3 for number in range(3000)]
+    await storage.write(10, parts)
+    assert await storage.read_bytes(10, 9000) == b"".join(parts)
+    buffers = views(*[3] * 3000)
+    await storage.read(10, buffers)
+    assert b"".join(buffers) == b"".join(parts)
+    await storage.close()
+
+
+async def test_a_failed_flush_is_never_forgotten(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        with pytest.raises(StorageError, match="cannot flush: Input/output error"):
+            await storage.flush()
+    with pytest.raises(StorageError):
+        await storage.flush()
+    await storage.close()
+
+
+async def test_a_full_disk_says_so(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    with pytest.raises(StorageError) as caught:
+        storage.write_now(0, [b"x"])
+    assert caught.value.errno == errno.ENOSPC
+    assert str(caught.value) == f"{storage.name}: cannot write: No space left on device"
+    await storage.close()
+
+
+async def test_holes_are_punched_and_seen(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (1 << 20))
+    storage = FileStorage.open(str(path), writable=True)
+    await storage.flush()
+    before = storage.allocated
+    await storage.punch(256 << 10, 512 << 10)
+    await storage.punch((1 << 20) - 10, 4096)
+    assert storage.length == 1 << 20
+    assert storage.allocated < before
+    content = path.read_bytes()
+    assert content == b"x" * (256 << 10) + bytes(512 << 10) + b"x" * ((256 << 10) - 10) + bytes(10)
+    regions = await storage.regions(100, (1 << 20) - 100)
+    assert regions[:3] == [
+        Region(100, (256 << 10) - 100, hole=False),
+        Region(256 << 10, 512 << 10, hole=True),
+        Region(768 << 10, 256 << 10, hole=False),
+    ]
+    await storage.close()
+
+
+async def test_without_holes_zeros_are_written(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no holes here")
+
+    monkeypatch.setattr("cowfs.storage.file._fallocate", refuse)
+    await storage.punch(1000, 200_000)
+    assert await storage.read_bytes(0, 300_000) == CONTENT[:1000] + bytes(200_000) + CONTENT[201_000:]
+    await storage.close()
+
+
+async def test_read_only_storages_refuse_changes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    storage = FileStorage.open(str(path), writable=False)
+    for change in (storage.write(0, [b"x"]), storage.truncate(0), storage.punch(0, 1)):
+        with pytest.raises(ReadOnly):
+            await change
+    await storage.close()
+    assert path.read_bytes() == b"abc"
+
+
+async def test_reopening_keeps_the_file_but_not_another_of_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    storage = FileStorage.open(str(path), writable=False)
+    await storage.reopen(writable=True)
+    await storage.write(0, [b"X"])
+    await storage.reopen(writable=False)
+    path.rename(tmp_path / "other")
+    path.write_bytes(b"impostor")
+    with pytest.raises(StorageError, match="was replaced by another file"):
+        await storage.reopen(writable=True)
+    assert await storage.read_bytes(0, 3) == b"Xbc"
+    await storage.close()
+
+
+def test_odd_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, sentence in (
+        ("missing", "cannot open: No such file or directory"),
+        (".", "is a directory, not an image"),
+        ("fifo", "is neither a regular file nor a block device"),
+        ("loop", "cannot open: Too many levels of symbolic links"),
+    ):
+        with pytest.raises(StorageError) as caught:
+            FileStorage.open(str(tmp_path / name), writable=False)
+        assert caught.value.message == sentence
+
+
+def test_two_names_of_one_file_have_one_identity(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    (tmp_path / "c").symlink_to("a")
+    (tmp_path / "d").write_bytes(b"")
+    identities = {FileStorage.open(str(tmp_path / name), writable=False).identity for name in "abc"}
+    assert len(identities) == 1
+    assert FileStorage.open(str(tmp_path / "d"), writable=False).identity not in identities
