@@ -4,10 +4,9 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from qedtools import disk_over
 from storages import MemoryStorage
 
-from cowfs.block.disk import Disk
-from cowfs.block.layer import Layer
 from cowfs.block.writetracker import WriteTracker
 from cowfs.formats import qed
 from cowfs.formats.qed.image import QedImage
@@ -59,10 +58,6 @@ def after_cut(start: bytes, steps: list[Step], losing: random.Random | None) -> 
         content.extend(bytes(max(0, offset + len(data) - len(content))))
         content[offset : offset + len(data)] = data
     return bytes(content)
-
-
-def disk_over(image: QedImage) -> Disk:
-    return Disk([Layer(image)], copy_on_read=False)
 
 
 class Scene:
