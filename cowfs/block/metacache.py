@@ -162,6 +162,8 @@ class MetadataCache:
             self._kept.remove(table)
 
     def _insert(self, table: Table) -> None:
+        if (replaced := self._tables.get(table.offset)) is not None:
+            self.forget(replaced)
         self._tables[table.offset] = table
         self._bytes += table.size
         if self._bytes > self._bound:

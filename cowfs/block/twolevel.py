@@ -318,11 +318,13 @@ class TwoLevelImage(Image):
             if not value and not self.table_offset(self.l1.entries[span.l1_index]):
                 continue
             table = await self._writable_table(span.l1_index)
-            for index in range(span.first, span.end):
-                if table.entries[index] != value:
-                    self._drop(table.entries[index])
-                    table.set(index, value)
-            table.pins -= 1
+            try:
+                for index in range(span.first, span.end):
+                    if table.entries[index] != value:
+                        self._drop(table.entries[index])
+                        table.set(index, value)
+            finally:
+                table.pins -= 1
 
     async def grow(self, size: int, zeroed_until: int) -> None:
         """Make room in L1, hide what is below behind zero clusters, and record the new size last."""
