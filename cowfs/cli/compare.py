@@ -7,7 +7,7 @@ import click
 import trio
 
 from cowfs.block.disk import Disk, Piece
-from cowfs.block.extent import Kind
+from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.cli.options import quiet_option
 from cowfs.formats.chain import open_disk
 
@@ -132,7 +132,7 @@ def _overlaps(first: Sequence[Piece], second: Sequence[Piece]) -> Iterator[_Rang
         start, end = max(one.offset, two.offset), min(one.end, two.end)
         for position in range(start, end, CHUNK):
             stop = min(position + CHUNK, end)
-            yield _Range(position, stop, _is_zero(one.kind), _is_zero(two.kind), _status(one.kind) == _status(two.kind))
+            yield _Range(position, stop, _is_zero(one.kind), _is_zero(two.kind), _status(one) == _status(two))
         i += one.end == end
         j += two.end == end
 
@@ -141,9 +141,9 @@ def _is_zero(kind: Kind) -> bool:
     return kind in (Kind.ZERO, Kind.UNALLOCATED)
 
 
-def _status(kind: Kind) -> Kind:
-    """Return what strict mode compares: allocated data, however it is stored, zeros, or nothing."""
-    return kind if _is_zero(kind) else Kind.DATA
+def _status(extent: Extent) -> tuple[Kind, bool]:
+    """Return what strict mode compares: how a range is held, and whether it has a place in the file."""
+    return Kind.DATA if extent.kind is Kind.SHARED else extent.kind, extent.host_offset == NO_OFFSET
 
 
 async def _mismatch(a: Disk, b: Disk, part: _Range) -> int | None:

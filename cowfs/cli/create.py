@@ -13,11 +13,6 @@ from cowfs.errors import UsageError
 from cowfs.formats.create import create_image
 from cowfs.formats.registry import Format, format_named
 
-_BACKING_OPTIONS = {
-    "backing_file": "name of the backing file, as -b",
-    "backing_fmt": "format of the backing file, as -F",
-}
-
 
 @click.command()
 @click.option(
@@ -101,11 +96,8 @@ def _backing(file: str, name: str | None, format: str | None, options: dict[str,
 
 
 def _list_options(format: Format) -> None:
-    options = dict(format.options)
-    if format.has_backing:
-        options = {**_BACKING_OPTIONS, **options}
     click.echo(f"Supported {format.name} options:")
-    for name, help in sorted(options.items()):
+    for name, help in sorted(format.options.items()):
         click.echo(f"  {name:<22} - {help}")
 
 
