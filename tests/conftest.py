@@ -1,0 +1,58 @@
+"""Fixtures for all tests, and what tests need of the machine."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commandline import ok, qemu_img
+from mounting import Mounts
+
+#: what ``@pytest.mark.needs`` can ask for beside programs: name, how to tell
+_CONDITIONS = {
+    "root": lambda: os.geteuid() == 0,
+    "fuse": lambda: Path("/dev/fuse").exists(),
+    "loop": lambda: Path("/dev/loop-control").exists(),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*things): root, fuse, loop, or programs that the test calls")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    things = [thing for marker in item.iter_markers("needs") for thing in marker.args]
+    missing = [thing for thing in things if not _CONDITIONS.get(thing, lambda name=thing: shutil.which(name))()]
+    if missing and os.environ.get("CI"):
+        pytest.fail(f"this machine lacks {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mounts]:
+    """Make mounts that are gone after the test, however it ends."""
+    mounts = Mounts(tmp_path)
+    try:
+        yield mounts
+    finally:
+        mounts.clean_up()
+
+
+@pytest.fixture
+def raw_image(tmp_path: Path) -> Path:
+    """A raw image of 16 MiB that is not all zeros."""
+    path = tmp_path / "plain.img"
+    path.write_bytes(os.urandom(1 << 20) + bytes(14 << 20) + os.urandom(1 << 20))
+    return path
+
+
+@pytest.fixture(params=["qcow2", "qed"])
+def overlay(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An overlay of 64 MiB, nothing in it yet, over a raw base of random bytes."""
+    base = tmp_path / "base.raw"
+    base.write_bytes(os.urandom(64 << 20))
+    path = tmp_path / f"overlay.{request.param}"
+    ok(qemu_img("create", "-q", "-f", request.param, "-b", base, "-F", "raw", path))
+    return path

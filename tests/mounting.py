@@ -1,0 +1,93 @@
+"""Real mounts, in a process of their own, as a user makes them."""
+
+import json
+import os
+import select
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from commandline import cowfs, ok
+
+#: seconds after which something that should happen soon counts as not happening
+PATIENCE = 30.0
+
+
+def wait_for(what: str, condition: Callable[[], bool]) -> None:
+    """Look again and again until ``condition`` holds; fails after `PATIENCE`."""
+    end = monotonic() + PATIENCE
+    while not condition():
+        assert monotonic() < end, f"waited {PATIENCE} seconds for: {what}"
+        select.select([], [], [], 0.01)
+
+
+def wait_for_end(process: int) -> None:
+    """Wait until a process, by its pidfd, has ended."""
+    assert select.select([process], [], [], PATIENCE)[0], "the server did not end"
+
+
+def shell(command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command line in a shell."""
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+
+
+class Mounted:
+    """A mount, and the files of it."""
+
+    def __init__(self, point: Path) -> None:
+        self.point = point
+        self.pid: int = self.status()["pid"]
+        self.process = os.pidfd_open(self.pid)
+
+    def flat(self, name: str) -> Path:
+        return self.point / name
+
+    def control(self, name: str, file: str) -> Path:
+        return self.point / ".cowfs" / name / file
+
+    def status(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads((self.point / ".cowfs" / "status.json").read_text())
+        return facts
+
+    def job(self, name: str, verb: str) -> dict[str, str]:
+        return dict(line.split(": ", 1) for line in self.control(name, verb).read_text().splitlines())
+
+    def job_ended(self, name: str, verb: str) -> dict[str, str]:
+        """Wait until a job is over; its figures."""
+        wait_for(f"the end of the {verb} job", lambda: self.job(name, verb)["state"] not in ("running", "paused"))
+        return self.job(name, verb)
+
+    def umount(self) -> None:
+        ok(cowfs("umount", self.point))
+
+
+class Mounts:
+    """Makes mounts, and takes away what a test leaves behind of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._made: list[Mounted] = []
+        self._points: list[Path] = []
+
+    def new_point(self) -> Path:
+        point = self._directory / f"mount{len(self._points)}"
+        point.mkdir()
+        self._points.append(point)
+        return point
+
+    def __call__(self, *words: str | Path, point: Path | None = None) -> Mounted:
+        """``cowfs mount WORDS… POINT``."""
+        point = point or self.new_point()
+        assert ok(cowfs("mount", *words, point)) == ""
+        self._made.append(Mounted(point))
+        return self._made[-1]
+
+    def clean_up(self) -> None:
+        for point in self._points:
+            while subprocess.run(["umount", "-l", str(point)], capture_output=True, check=False).returncode == 0:
+                pass
+        for mounted in self._made:
+            wait_for_end(mounted.process)
+            os.close(mounted.process)
