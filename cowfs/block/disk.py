@@ -1,7 +1,7 @@
 """A disk: a chain of layers, active layer first, read and written as one flat array of bytes.
 
-Everything that formats would otherwise each write for themselves is here: fall-through to the backing,
-copy-on-write of partial clusters, copy-on-read, range locks, short backing files.
+`Chain` knows the layers; here is what goes on in them: guests' reads and writes, copy-on-read, range locks,
+what jobs copy from layer to layer.
 
 Reads and writes come in two forms. ``…_now`` answers without suspending, from cached metadata and the page
 cache, or declines; the awaitable form does whatever is needed. All offsets and lengths are bytes.
@@ -13,18 +13,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
 
 import trio
 
-from cowfs.block.alignment import align_down, align_up, split
+from cowfs.block.alignment import align_up, split
+from cowfs.block.chain import Chain, Piece
 from cowfs.block.copyonread import Populator
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
-from cowfs.block.quiescence import Readers
 from cowfs.block.rangelock import RangeLock
-from cowfs.block.twolevel import TwoLevelImage
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly, Unsupported
 
@@ -34,13 +31,6 @@ log = logging.getLogger(__name__)
 FLUSH_INTERVAL = 5.0
 #: end of the range that covers a whole disk, however large it grows
 EVERYWHERE = 1 << 63
-
-
-class Piece(NamedTuple):
-    """An extent, and the layer of the chain that it was found in (0 = active)."""
-
-    depth: int
-    extent: Extent
 
 
 @dataclass
@@ -56,17 +46,15 @@ class Stats:
     copy_on_read_errors: int = 0
 
 
-class Disk:
-    """The chain and what is going on in it. Belongs to one trio thread."""
+class Disk(Chain):
+    """A chain in use. Belongs to one trio thread."""
 
     def __init__(
         self, layers: Sequence[Layer], *, copy_on_read: bool = True, flush_interval: float = FLUSH_INTERVAL
     ) -> None:
-        self.layers: tuple[Layer, ...] = tuple(layers)
+        super().__init__(layers)
         self.lock = RangeLock()
-        self.readers = Readers()
         self.stats = Stats()
-        self._share_readers()
         top = self.layers[0]
         self.read_only = top.storage.read_only or top.image.unwritable is not None
         #: what the user asked for; `copies_on_read` says what is in force
@@ -76,60 +64,6 @@ class Disk:
         self._trackers: list[WriteTracker] = []
         self._changed = False
         self._populator: Populator | None = None
-
-    def _share_readers(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer.image, TwoLevelImage):
-                layer.image.readers = self.readers
-
-    @property
-    def size(self) -> int:
-        """Bytes of the disk as the guest sees it."""
-        return self.layers[0].image.size
-
-    @property
-    def cluster_size(self) -> int:
-        """Bytes; unit of allocation of the active layer."""
-        return self.layers[0].cluster_size
-
-    # -- where things are
-
-    def _resolve_now(self, layers: tuple[Layer, ...], depth: int, offset: int, length: int) -> list[Piece] | None:
-        extents = layers[depth].map_now(offset, length)
-        if extents is None:
-            return None
-        if depth + 1 == len(layers):
-            return [Piece(depth, extent) for extent in extents]
-        pieces: list[Piece] = []
-        for extent in extents:
-            if extent.kind is Kind.UNALLOCATED:
-                below = self._resolve_now(layers, depth + 1, extent.offset, extent.length)
-                if below is None:
-                    return None
-                pieces += below
-            else:
-                pieces.append(Piece(depth, extent))
-        return pieces
-
-    async def resolve(self, offset: int, length: int, depth: int = 0, *, holes: bool = False) -> list[Piece]:
-        """Which layer holds each part of a range, as seen from layer ``depth``.
-
-        Only the deepest layer's pieces can be unallocated. ``holes`` asks the storages for their holes too.
-        """
-        return await self._resolve(self.layers, depth, offset, length, holes)
-
-    async def _resolve(
-        self, layers: tuple[Layer, ...], depth: int, offset: int, length: int, holes: bool
-    ) -> list[Piece]:
-        layer = layers[depth]
-        extents = await (layer.block_status if holes else layer.map)(offset, length)
-        pieces: list[Piece] = []
-        for extent in extents:
-            if extent.kind is Kind.UNALLOCATED and depth + 1 < len(layers):
-                pieces += await self._resolve(layers, depth + 1, extent.offset, extent.length, holes)
-            else:
-                pieces.append(Piece(depth, extent))
-        return pieces
 
     # -- reading
 
@@ -144,7 +78,7 @@ class Disk:
         layers = self.layers
         if offset + length > layers[0].image.size:
             raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
-        pieces = self._resolve_now(layers, 0, offset, length)
+        pieces = self.resolve_now(layers, 0, offset, length)
         if pieces is None:
             return False
         from_below = len(layers) > 1 and any(_fetched(piece) for piece in pieces) and self.copies_on_read
@@ -171,26 +105,11 @@ class Disk:
             raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
         if self.copies_on_read and self._populator is not None and len(self.layers) > 1:
             await self._populator.room()
-        pieces = await self._read_pieces(0, offset, view)
+        pieces = await self.read_pieces(0, offset, view)
         if self.copies_on_read and self._populator is not None and any(map(_fetched, pieces)):
             self._populator.offer(offset, length)
         self.stats.reads += 1
         self.stats.read_bytes += length
-
-    async def read(self, offset: int, length: int, depth: int = 0) -> bytearray:
-        """Content of a range as seen from layer ``depth``; zeros beyond that layer's end. Not copied up."""
-        buffer = bytearray(length)
-        await self._read_pieces(depth, offset, memoryview(buffer))
-        return buffer
-
-    async def _read_pieces(self, depth: int, offset: int, view: memoryview) -> list[Piece]:
-        with self.readers.inside():
-            layers = self.layers
-            pieces = await self._resolve(layers, depth, offset, len(view), holes=False)
-            for found, extent in pieces:
-                start = extent.offset - offset
-                await layers[found].read(extent, view[start : start + extent.length])
-        return pieces
 
     # -- writing
 
@@ -240,7 +159,7 @@ class Disk:
         start, end, _, _ = split(offset, length, self.cluster_size)
         async with self.lock.hold(start, end):
             self._about_to_write(offset, length)
-            await self._write_layer(0, offset, memoryview(data))
+            await self.write_layer(0, offset, memoryview(data))
         self._count_write(length)
 
     def _about_to_write(self, offset: int, length: int) -> None:
@@ -251,54 +170,6 @@ class Disk:
     def _count_write(self, length: int) -> None:
         self.stats.writes += 1
         self.stats.write_bytes += length
-
-    async def _write_layer(self, depth: int, offset: int, data: memoryview) -> None:
-        """Write into one layer of the chain. The caller holds the clusters."""
-        layer = self.layers[depth]
-        await layer.begin()
-        if offset < layer.image.vetted:
-            await self._vet(depth, offset, data)
-        for in_place, extents in _by_treatment(await layer.map(offset, len(data))):
-            start, end = extents[0].offset, extents[-1].end
-            if not in_place:
-                await self._allocate(depth, start, data[start - offset : end - offset])
-                continue
-            for extent in extents:
-                part = data[extent.offset - offset : extent.end - offset]
-                if not layer.storage.write_now(extent.host_offset, (part,)):
-                    await layer.storage.write(extent.host_offset, (part,))
-
-    async def _vet(self, depth: int, offset: int, data: memoryview) -> None:
-        """Show the image what the start of its disk is about to become."""
-        image = self.layers[depth].image
-        head = await self.read(0, min(image.vetted, image.size), depth)
-        written = data[: len(head) - offset]
-        head[offset : offset + len(written)] = written
-        image.vet_head(bytes(head))
-
-    async def _allocate(self, depth: int, offset: int, data: memoryview) -> None:
-        """Write where the layer has no space of its own yet: copy-on-write of what the data leaves of its clusters."""
-        layer = self.layers[depth]
-        start, end, head, tail = split(offset, len(data), layer.cluster_size)
-        buffers: list[bytes | bytearray | memoryview] = [data]
-        if head:
-            buffers.insert(0, await self.read(start, head, depth))
-        if tail:
-            buffers.append(await self.read(end - tail, tail, depth))
-        await layer.write_clusters(start, buffers)
-
-    async def _zero_layer(self, depth: int, offset: int, length: int) -> None:
-        """Make a range of one layer read as zeros. The caller holds the clusters."""
-        layer = self.layers[depth]
-        first = min(align_up(offset, layer.cluster_size), offset + length)
-        last = max(first, align_down(offset + length, layer.cluster_size))
-        if offset + length == layer.size:
-            last = offset + length
-        if first < last and not await layer.write_zeroes(first, align_up(last, layer.cluster_size) - first):
-            last = first
-        for start, end in ((offset, first), (last, offset + length)):
-            for position in range(start, end, 1 << 20):
-                await self._write_layer(depth, position, memoryview(bytes(min(1 << 20, end - position))))
 
     # -- copying between layers, for copy-on-read and jobs
 
@@ -356,10 +227,10 @@ class Disk:
             if depth >= base:
                 continue
             if extent.kind is Kind.ZERO:
-                await self._zero_layer(base, extent.offset, extent.length)
+                await self.zero_layer(base, extent.offset, extent.length)
             else:
                 data = await self.read(extent.offset, extent.length)
-                await self._write_layer(base, extent.offset, memoryview(data))
+                await self.write_layer(base, extent.offset, memoryview(data))
                 copied += extent.length
         return copied
 
@@ -434,7 +305,7 @@ class Disk:
             if below > layer.size and partial:
                 # the rest of the last cluster becomes visible, and must not show the backing file
                 start = layer.size - partial
-                await self._write_layer(depth, start, memoryview(await self.read(start, partial, depth)))
+                await self.write_layer(depth, start, memoryview(await self.read(start, partial, depth)))
             await layer.grow(size, zeroed_until=min(size, below))
 
     async def set_layer_writable(self, depth: int, writable: bool) -> None:
@@ -518,8 +389,3 @@ class Disk:
 def _fetched(piece: Piece) -> bool:
     """Whether a piece is data that comes from below the active layer."""
     return piece.depth > 0 and piece.extent.kind in (Kind.DATA, Kind.SHARED, Kind.COMPRESSED)
-
-
-def _by_treatment(extents: list[Extent]) -> list[tuple[bool, list[Extent]]]:
-    """Group neighbours by how they are written: in place, or by allocating."""
-    return [(in_place, list(group)) for in_place, group in groupby(extents, lambda e: e.kind is Kind.DATA)]

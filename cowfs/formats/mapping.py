@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from cowfs.block.disk import Disk, Piece
+from cowfs.block.chain import Piece
+from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Kind
 from cowfs.block.layer import Layer
 

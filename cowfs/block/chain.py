@@ -1,0 +1,161 @@
+"""A chain of layers as a structure: what lies where, reading through it, copy-on-write into any one layer.
+
+No guests, no locks: whoever writes holds the clusters that it writes to. All offsets and lengths are bytes.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from cowfs.block.alignment import align_down, align_up, split
+from cowfs.block.extent import Extent, Kind
+from cowfs.block.layer import Layer
+from cowfs.block.quiescence import Readers
+from cowfs.block.twolevel import TwoLevelImage
+
+#: bytes of zeros written at once where a format has no better way
+_ZERO_STEP = 1 << 20
+
+
+class Piece(NamedTuple):
+    """An extent, and the layer of the chain that it was found in (0 = active)."""
+
+    depth: int
+    extent: Extent
+
+
+class Chain:
+    """Layers, active layer first; what one does not hold is looked for in the next.
+
+    ``layers`` is replaced as a whole when the chain changes, so whoever keeps it sees one state.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers: tuple[Layer, ...] = tuple(layers)
+        self.readers = Readers()
+        for layer in self.layers:
+            if isinstance(layer.image, TwoLevelImage):
+                layer.image.readers = self.readers
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk as the guest sees it."""
+        return self.layers[0].image.size
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes; unit of allocation of the active layer."""
+        return self.layers[0].cluster_size
+
+    # -- where things are
+
+    def resolve_now(self, layers: tuple[Layer, ...], depth: int, offset: int, length: int) -> list[Piece] | None:
+        """`resolve`, from memory and without holes; None if metadata is missing."""
+        extents = layers[depth].map_now(offset, length)
+        if extents is None:
+            return None
+        if depth + 1 == len(layers):
+            return [Piece(depth, extent) for extent in extents]
+        pieces: list[Piece] = []
+        for extent in extents:
+            if extent.kind is Kind.UNALLOCATED:
+                below = self.resolve_now(layers, depth + 1, extent.offset, extent.length)
+                if below is None:
+                    return None
+                pieces += below
+            else:
+                pieces.append(Piece(depth, extent))
+        return pieces
+
+    async def resolve(self, offset: int, length: int, depth: int = 0, *, holes: bool = False) -> list[Piece]:
+        """Which layer holds each part of a range, as seen from layer ``depth``.
+
+        Only the deepest layer's pieces can be unallocated. ``holes`` asks the storages for their holes too.
+        """
+        return await self._resolve(self.layers, depth, offset, length, holes)
+
+    async def _resolve(
+        self, layers: tuple[Layer, ...], depth: int, offset: int, length: int, holes: bool
+    ) -> list[Piece]:
+        layer = layers[depth]
+        extents = await (layer.block_status if holes else layer.map)(offset, length)
+        pieces: list[Piece] = []
+        for extent in extents:
+            if extent.kind is Kind.UNALLOCATED and depth + 1 < len(layers):
+                pieces += await self._resolve(layers, depth + 1, extent.offset, extent.length, holes)
+            else:
+                pieces.append(Piece(depth, extent))
+        return pieces
+
+    # -- reading
+
+    async def read(self, offset: int, length: int, depth: int = 0) -> bytearray:
+        """Content of a range as seen from layer ``depth``; zeros beyond that layer's end. Not copied up."""
+        buffer = bytearray(length)
+        await self.read_pieces(depth, offset, memoryview(buffer))
+        return buffer
+
+    async def read_pieces(self, depth: int, offset: int, view: memoryview) -> list[Piece]:
+        """Fill ``view`` with what layer ``depth`` and those below hold; returns where it came from."""
+        with self.readers.inside():
+            layers = self.layers
+            pieces = await self._resolve(layers, depth, offset, len(view), holes=False)
+            for found, extent in pieces:
+                start = extent.offset - offset
+                await layers[found].read(extent, view[start : start + extent.length])
+        return pieces
+
+    # -- writing into one layer
+
+    async def write_layer(self, depth: int, offset: int, data: memoryview) -> None:
+        """Write into one layer of the chain. The caller holds the clusters."""
+        layer = self.layers[depth]
+        await layer.begin()
+        if offset < layer.image.vetted:
+            await self._vet(depth, offset, data)
+        for in_place, extents in _by_treatment(await layer.map(offset, len(data))):
+            start, end = extents[0].offset, extents[-1].end
+            if not in_place:
+                await self._allocate(depth, start, data[start - offset : end - offset])
+                continue
+            for extent in extents:
+                part = data[extent.offset - offset : extent.end - offset]
+                if not layer.storage.write_now(extent.host_offset, (part,)):
+                    await layer.storage.write(extent.host_offset, (part,))
+
+    async def _vet(self, depth: int, offset: int, data: memoryview) -> None:
+        """Show the image what the start of its disk is about to become."""
+        image = self.layers[depth].image
+        head = await self.read(0, min(image.vetted, image.size), depth)
+        written = data[: len(head) - offset]
+        head[offset : offset + len(written)] = written
+        image.vet_head(bytes(head))
+
+    async def _allocate(self, depth: int, offset: int, data: memoryview) -> None:
+        """Write where the layer has no space of its own yet: copy-on-write of what the data leaves of its clusters."""
+        layer = self.layers[depth]
+        start, end, head, tail = split(offset, len(data), layer.cluster_size)
+        buffers: list[bytes | bytearray | memoryview] = [data]
+        if head:
+            buffers.insert(0, await self.read(start, head, depth))
+        if tail:
+            buffers.append(await self.read(end - tail, tail, depth))
+        await layer.write_clusters(start, buffers)
+
+    async def zero_layer(self, depth: int, offset: int, length: int) -> None:
+        """Make a range of one layer read as zeros. The caller holds the clusters."""
+        layer = self.layers[depth]
+        first = min(align_up(offset, layer.cluster_size), offset + length)
+        last = max(first, align_down(offset + length, layer.cluster_size))
+        if offset + length == layer.size:
+            last = offset + length
+        if first < last and not await layer.write_zeroes(first, align_up(last, layer.cluster_size) - first):
+            last = first
+        for start, end in ((offset, first), (last, offset + length)):
+            for position in range(start, end, _ZERO_STEP):
+                await self.write_layer(depth, position, memoryview(bytes(min(_ZERO_STEP, end - position))))
+
+
+def _by_treatment(extents: list[Extent]) -> list[tuple[bool, list[Extent]]]:
+    """Group neighbours by how they are written: in place, or by allocating."""
+    return [(in_place, list(group)) for in_place, group in groupby(extents, lambda e: e.kind is Kind.DATA)]
