@@ -1,5 +1,6 @@
 """Running a job from the command line: live, through its control file, or offline, on an image of no mount."""
 
+import logging
 import os
 import select
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ def _follow(live: Live, verb: str, display: Display) -> dict[str, str]:
 
 def run_offline(file: str, format: str | None, verb: str, speed: int, *, quiet: bool) -> int | None:
     """Open a chain, run a job on it, close it."""
+    # what goes wrong is said here, in one line; without a handler the log would say it too
+    logging.getLogger("cowfs").addHandler(logging.NullHandler())
     return trio.run(_run_offline, file, format, verb, speed, quiet)
 
 
@@ -81,4 +84,4 @@ def _outcome(verb: str, facts: dict[str, Any], file: str) -> int | None:
         return None
     if facts["state"] == State.CANCELLED.value:
         raise CowfsError(f"the {verb} job was cancelled", file=file)
-    raise CowfsError(f"the {verb} job failed: {facts['error']}", file=file)
+    raise CowfsError(f"the {verb} job failed: {facts['error'].removeprefix(f'{file}: ')}", file=file)

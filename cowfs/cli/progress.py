@@ -33,9 +33,9 @@ class _Lines:
         self._state = ""
 
     def show(self, facts: dict[str, Any]) -> None:
-        """Print a line when the state changes, and every few seconds."""
+        """Print a line when the state changes, and every few seconds; of a failure the error's line tells."""
         state = str(facts["state"])
-        if state == self._state and monotonic() < self._next:
+        if state == "failed" or (state == self._state and monotonic() < self._next):
             return
         self._state, self._next = state, monotonic() + LINE_INTERVAL
         line = f"{self._verb}: {state}, {float(facts['percent']):.1f} % of {format_size(int(facts['length']))}"
