@@ -6,7 +6,8 @@ from typing import NamedTuple
 import click
 import trio
 
-from cowfs.block.disk import Disk, Piece
+from cowfs.block.chain import Piece
+from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.cli.options import quiet_option
 from cowfs.formats.chain import open_disk
@@ -23,7 +24,7 @@ DIFFERENT = 1
 
 
 class _Range(NamedTuple):
-    """A stretch, at most a chunk, that each disk either knows to be zeros or may hold anything in; bytes."""
+    """A stretch that each disk either knows to be zeros or may hold anything in; bytes."""
 
     start: int
     end: int
@@ -118,8 +119,11 @@ async def _difference(a: Disk, b: Disk, start: int, end: int, strict: bool, mete
         for part in _overlaps(*pieces):
             if strict and not part.alike:
                 return f"Strict mode: Offset {part.start} block status mismatch!"
-            if (found := await _mismatch(a, b, part)) is not None:
-                return f"Content mismatch at offset {found}!"
+            if not (part.first_is_zero and part.second_is_zero):
+                for chunk in _chunks(part):
+                    if (found := await _mismatch(a, b, chunk)) is not None:
+                        return f"Content mismatch at offset {found}!"
+                    meter.show(chunk.end, end)
             meter.show(part.end, end)
     return None
 
@@ -130,9 +134,7 @@ def _overlaps(first: Sequence[Piece], second: Sequence[Piece]) -> Iterator[_Rang
     while i < len(first) and j < len(second):
         one, two = first[i].extent, second[j].extent
         start, end = max(one.offset, two.offset), min(one.end, two.end)
-        for position in range(start, end, CHUNK):
-            stop = min(position + CHUNK, end)
-            yield _Range(position, stop, _is_zero(one.kind), _is_zero(two.kind), _status(one) == _status(two))
+        yield _Range(start, end, _is_zero(one.kind), _is_zero(two.kind), _status(one) == _status(two))
         i += one.end == end
         j += two.end == end
 
@@ -146,10 +148,13 @@ def _status(extent: Extent) -> tuple[Kind, bool]:
     return Kind.DATA if extent.kind is Kind.SHARED else extent.kind, extent.host_offset == NO_OFFSET
 
 
+def _chunks(part: _Range) -> Iterator[_Range]:
+    for start in range(part.start, part.end, CHUNK):
+        yield part._replace(start=start, end=min(start + CHUNK, part.end))
+
+
 async def _mismatch(a: Disk, b: Disk, part: _Range) -> int | None:
-    """Return the offset of the first sector that differs; None if there is none."""
-    if part.first_is_zero and part.second_is_zero:
-        return None
+    """Return the offset of the first sector of a chunk that differs; None if there is none."""
     size = part.end - part.start
     one = _ZEROS[:size] if part.first_is_zero else await a.read(part.start, size)
     two = _ZEROS[:size] if part.second_is_zero else await b.read(part.start, size)
