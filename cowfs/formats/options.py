@@ -6,7 +6,6 @@ from cowfs.errors import UsageError
 from cowfs.units import parse_size
 
 
-
 def refuse_unknown(format: str, options: Mapping[str, str], known: Mapping[str, str]) -> None:
     """Raise `UsageError` for the first option that a format does not have."""
     for name in options:
