@@ -58,5 +58,10 @@ class Attributes:
 
     @_fill.register
     def _(self, node: ControlNode, entry: pyfuse3.EntryAttributes) -> None:
-        entry.st_mode = stat.S_IFREG | self._mode & (0o444 if node.file.command is None else 0o666)
+        permissions = self._mode & (0o444 if node.file.command is None else 0o666)
+        if node.served is None and node.file.command is not None:
+            # it has the server open any file by its name: for no one but who mounted, whoever may use the disks
+            permissions = 0o600
+            entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        entry.st_mode = stat.S_IFREG | permissions
         entry.attr_timeout = 0

@@ -18,25 +18,26 @@ TURN = 64
 
 
 class _Lock:
-    """A lock like trio's, but for the checkpoint when it is free."""
+    """A lock without checkpoint and without fairness.
+
+    Who releases it may take it again before those who wait for it get their turn: a task that answers its
+    requests without suspending goes on with the next one, and the others wake up only when it does suspend.
+    """
 
     def __init__(self) -> None:
         self._held = False
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
-        if self._held:
-            # whoever releases it leaves it held for the one that is woken
+        while self._held:
             await self._waiting.park()
         self._held = True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._waiting:
-            self._waiting.unpark()
-        else:
-            self._held = False
+        self._held = False
+        self._waiting.unpark()
 
 
 class _Delegate:

@@ -136,7 +136,11 @@ class _Server:
         self._mount.device = (await trio.to_thread.run_sync(os.stat, where)).st_dev
         await trio.to_thread.run_sync(kernel.tune, where)
         log.info("%s: serving %s", where, ", ".join(self._mount.images) or "no images")
-        self._ready()
+        try:
+            self._ready()
+        except BrokenPipeError:
+            log.error("%s: ending, since the command that mounted was interrupted", where)
+            pyfuse3.terminate()
 
     async def _await_signal(self, signals: AsyncIterator[int]) -> None:
         """The first signal ends the mount in order, a second one at once."""

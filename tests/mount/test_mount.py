@@ -79,6 +79,10 @@ def test_options_of_owner_and_mode(mount: Mounts, raw_image: Path) -> None:
     status = mounted.flat("plain").stat()
     assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (0o640, 12, 34)
     assert (mounted.point / ".cowfs").stat().st_mode & 0o777 == 0o550
+    job = mounted.control("plain", "stream").stat()
+    assert (job.st_mode & 0o777, job.st_uid, job.st_gid) == (0o640, 12, 34)
+    control = (mounted.point / ".cowfs" / "control").stat()
+    assert (control.st_mode & 0o777, control.st_uid) == (0o600, 0), "not for those who may merely use the disks"
 
 
 def test_the_order_of_mount_helpers(mount: Mounts, raw_image: Path) -> None:
