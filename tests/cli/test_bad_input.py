@@ -12,7 +12,7 @@ _COMMANDS = {
     "chain": (["info", "--backing-chain"], 1),
     "check": (["check"], 1),
     "map": (["map"], 1),
-    "compare": (["compare", "good.raw"], 2),
+    "compare": (["compare", "other.raw"], 2),
 }
 #: commands that open what is below
 _WHOLE_CHAIN = ("chain", "map", "compare")
@@ -21,6 +21,7 @@ _WHOLE_CHAIN = ("chain", "map", "compare")
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     (tmp_path / "good.raw").write_bytes(bytes(1 << 20))
+    (tmp_path / "other.raw").write_bytes(bytes(1 << 20))
     return tmp_path
 
 
@@ -82,8 +83,7 @@ _ANY: list[Callable[[Path], str]] = [
 
 def _backing_gone(here: Path) -> str:
     _create(here, "-f", "qcow2", "-b", "good.raw", "-F", "raw", "bad")
-    (here / "good.raw").rename(here / "moved.raw")
-    (here / "good.raw").symlink_to("nowhere")
+    (here / "good.raw").unlink()
     return "good.raw: cannot open: No such file or directory (backing file of bad)"
 
 
@@ -129,7 +129,7 @@ def test_a_bad_file_is_one_line(here: Path, name: str, make: Callable[[Path], st
     command, code = _COMMANDS[name]
     line = refusal(cowfs(*command, "bad", cwd=here), code)
     assert line.startswith("bad: ")
-    assert says in f"{line}"
+    assert says in line
     assert _contents(here) == before
 
 
@@ -139,11 +139,6 @@ def test_a_bad_chain_is_one_line(here: Path, name: str, make: Callable[[Path], s
     says = make(here)
     before = _contents(here)
     command, code = _COMMANDS[name]
-    if name == "compare":
-        command = ["compare", "/dev/null" if not (here / "moved.raw").exists() else "moved.raw"]
-        (here / "plain.raw").write_bytes(b"")
-        command = ["compare", "plain.raw"]
-        before["plain.raw"] = b""
     assert says in refusal(cowfs(*command, "bad", cwd=here), code)
     assert _contents(here) == before
 
@@ -154,23 +149,29 @@ def test_a_chain_that_is_not_asked_for_is_not_looked_at(here: Path) -> None:
     ok(cowfs("check", "bad", cwd=here))
 
 
+#: as root, drop what overrides permissions
+_UNPRIVILEGED = ("setpriv", "--reuid=65534", "--clear-groups") if os.geteuid() == 0 else ()
+
+
+def _let_others_in(here: Path) -> None:
+    """Open the way to a test's directory, which pytest keeps to its user."""
+    for path in (here, *here.parents):
+        if path.owner() == here.owner() and not path.stat().st_mode & 0o1:
+            path.chmod(path.stat().st_mode | 0o711)
+
+
 @pytest.mark.parametrize("name", _COMMANDS)
 def test_a_file_that_may_not_be_read(here: Path, name: str) -> None:
     command, code = _COMMANDS[name]
     (here / "bad").write_bytes(b"")
     (here / "bad").chmod(0)
-    here.chmod(0o755)
-    for parent in [path for path in here.parents if path.owner() == here.owner() and path.stat().st_mode & 0o1 == 0]:
-        parent.chmod(parent.stat().st_mode | 0o711)
+    _let_others_in(here)
     result = cowfs(*command, "bad", cwd=here, prefix=_UNPRIVILEGED)
     assert "bad: cannot open: Permission denied" in refusal(result, code)
 
 
-#: as root, drop what overrides permissions
-_UNPRIVILEGED = ("setpriv", "--reuid=65534", "--clear-groups") if os.geteuid() == 0 else ()
-
-
 def test_a_directory_that_may_not_be_written(here: Path) -> None:
+    _let_others_in(here)
     here.chmod(0o555)
     before = _contents(here)
     result = cowfs("create", "new", "1M", cwd=here, prefix=_UNPRIVILEGED)
