@@ -1,13 +1,17 @@
 """Check of a qcow2 image: every reference is counted and compared with the counts on disk.
 
-The rules and the counting are those of ``qemu-img check``; whole tables are handled at once with numpy.
+The rules and the counting are those of ``qemu-img check``; whole tables are handled at once with numpy. What is
+remembered of each host cluster (its count on disk, the references to it, what refers to it) is all that grows
+with the image.
 """
 
 import struct
 from array import array
+from enum import IntFlag
 
 import numpy as np
 import numpy.typing as npt
+import trio
 
 from cowfs.block.check import CheckResult
 from cowfs.block.metacache import MetadataCache, Table
@@ -21,6 +25,7 @@ from cowfs.formats.qcow2.layout import (
     L1_RESERVED,
     L2_RESERVED,
     OFFSET_MASK,
+    REFCOUNT_BLOCK_MASK,
     REFCOUNT_TABLE_RESERVED,
     ZERO,
     Header,
@@ -29,22 +34,74 @@ from cowfs.formats.qcow2.snapshots import read_snapshots
 from cowfs.storage.base import Storage
 
 Entries = npt.NDArray[np.uint64]
+Clusters = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.unsignedinteger]
+Flags = npt.NDArray[np.bool_]
 
 #: host clusters; more cannot be counted in reasonable memory
 MAX_CLUSTERS = 1 << 30
+#: host clusters that are compared in one step
+_WINDOW = 1 << 20
+#: type of a reference count by the log2 of its bits
+_COUNT_TYPES = (np.uint8, np.uint8, np.uint8, np.uint8, np.uint16, np.uint32, np.uint64)
 
 _BITMAP_ENTRY = struct.Struct(">QIIBBHI")
+
+
+class Use(IntFlag):
+    """What refers to a host cluster."""
+
+    #: metadata whose place is fixed by something other than an L1 entry
+    FIXED = 1
+    L2_TABLE = 2
+    DATA = 4
 
 
 async def check(
     storage: Storage, header: Header, tables: MetadataCache, l1: Table, refcount_table: Table
 ) -> CheckResult:
     """Look for everything that ``qemu-img check`` looks for; changes nothing."""
-    return await _Check(storage, header, tables, l1, refcount_table).run()
+    return (await survey(storage, header, tables, l1, refcount_table)).result
 
 
-class _Check:
+async def survey(
+    storage: Storage,
+    header: Header,
+    tables: MetadataCache,
+    l1: Table,
+    refcount_table: Table,
+    *,
+    count_refcounts: bool = True,
+) -> "Survey":
+    """Like `check`, with all that was learned. ``count_refcounts`` False leaves refcount table and blocks out."""
+    found = Survey(storage, header, tables, l1, refcount_table)
+    await found.run(count_refcounts=count_refcounts)
+    return found
+
+
+def unpack_counts(block: bytes, order: int) -> Counts:
+    """Reference counts of a block ("Host cluster management"), each 2^order bits wide."""
+    if order >= 3:
+        return np.frombuffer(block, f">u{1 << order - 3}")
+    width = 1 << order
+    packed = np.frombuffer(block, np.uint8)
+    return np.stack([packed >> shift & (1 << width) - 1 for shift in range(0, 8, width)], axis=1).reshape(-1)
+
+
+def pack_counts(counts: Counts, order: int) -> bytes:
+    """Opposite of `unpack_counts`; the number of counts fills whole bytes."""
+    if order >= 3:
+        return counts.astype(f">u{1 << order - 3}").tobytes()
+    width = 1 << order
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    parts = counts.astype(np.uint8).reshape(-1, len(shifts)) << shifts
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1).astype(np.uint8)
+    return packed.tobytes()
+
+
+class Survey:
+    """One walk over everything that an image refers to."""
+
     def __init__(
         self, storage: Storage, header: Header, tables: MetadataCache, l1: Table, refcount_table: Table
     ) -> None:
@@ -59,24 +116,38 @@ class _Check:
         if self.clusters > MAX_CLUSTERS:
             raise Unsupported(f"has {self.clusters} clusters, too many to check", file=storage.name)
         self.result = CheckResult(total_clusters=-(-header.size // self.size))
+        #: references to each host cluster, counts on disk, and `Use`; what a count can hold (or 32 bits)
         self.counted = np.zeros(self.clusters, np.uint32)
-        self.stored: Counts = np.zeros(self.clusters, np.uint64 if header.refcount_order == 6 else np.uint32)
+        self.stored: Counts = np.zeros(self.clusters, _COUNT_TYPES[header.refcount_order])
+        self.uses = np.zeros(self.clusters, np.uint8)
+        self.max_count = (1 << min(1 << header.refcount_order, 32)) - 1
+        #: entries of tables that are wrong by themselves, whatever is counted
+        self.broken = 0
+        #: whether the bitmap directory makes no sense
+        self.broken_bitmaps = False
+        #: whether refcount table or blocks cannot be used as they are
+        self.broken_refcounts = False
 
-    async def run(self) -> CheckResult:
+    async def run(self, *, count_refcounts: bool = True) -> None:
+        """Fill in what there is to know."""
         header = self.header
         await self._load_counts()
-        self._count_area(0, self.size)
+        self._count_area(0, self.size, Use.FIXED)
         await self._count_l1(self.l1.offset, self.l1.entries, active=True)
         if header.snapshots:
             snapshots, table_bytes = await read_snapshots(self.storage, header)
-            self._count_area(header.snapshots_offset, table_bytes)
+            self._count_area(header.snapshots_offset, table_bytes, Use.FIXED)
             for snapshot in snapshots:
                 await self._count_snapshot(snapshot.l1_offset, snapshot.l1_entries)
         await self._count_bitmaps()
-        self._count_area(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
-        self._count_blocks()
+        if count_refcounts:
+            self._count_refcounts()
         self._compare()
-        return self.result
+
+    @property
+    def crossed(self) -> Flags:
+        """Clusters that cannot be written for one of their users without changing another's content."""
+        return np.isin(self.uses, (Use.FIXED | Use.L2_TABLE, Use.FIXED | Use.DATA, Use.L2_TABLE | Use.DATA, 7))
 
     # -- counts on disk
 
@@ -84,59 +155,88 @@ class _Check:
         per_block = 8 * self.size >> self.header.refcount_order
         for index, entry in enumerate(self.refcount_table.entries):
             start = index * per_block
-            offset = entry & OFFSET_MASK
-            if start >= self.clusters or not self._is_block(offset):
-                continue
-            counts = self._unpack(await self.storage.read_bytes(offset, self.size))
-            self.stored[start : start + per_block] = counts[: self.clusters - start]
+            offset = entry & REFCOUNT_BLOCK_MASK
+            if start >= self.clusters:
+                break
+            if self.is_block(offset):
+                block = await self.storage.read_bytes(offset, self.size)
+                counts = unpack_counts(block, self.header.refcount_order)
+                self.stored[start : start + per_block] = counts[: self.clusters - start]
 
-    def _unpack(self, block: bytes) -> npt.NDArray[np.unsignedinteger]:
-        order = self.header.refcount_order
-        if order >= 3:
-            return np.frombuffer(block, f">u{1 << order - 3}")
-        width = 1 << order
-        packed = np.frombuffer(block, np.uint8)
-        return np.stack([packed >> shift & (1 << width) - 1 for shift in range(0, 8, width)], axis=1).reshape(-1)
-
-    def _is_block(self, offset: int) -> bool:
+    def is_block(self, offset: int) -> bool:
+        """Whether a refcount block can be at a host offset."""
         return bool(offset) and not offset % self.size and offset >> self.bits < self.clusters
 
-    def _count_blocks(self) -> None:
+    def _count_refcounts(self) -> None:
+        header, result = self.header, self.result
+        errors = result.corruptions
+        if not self.refcount_table.size:
+            result.corrupt(f"refcount table at {header.refcount_table_offset:#x} is no place for one")
+        else:
+            self._count_area(header.refcount_table_offset, header.refcount_table_clusters << self.bits)
         for index, entry in enumerate(self.refcount_table.entries):
-            offset = entry & OFFSET_MASK
+            offset = entry & REFCOUNT_BLOCK_MASK
             if entry & REFCOUNT_TABLE_RESERVED:
-                self.result.corrupt(f"refcount table entry {index} has reserved bits set")
-            if not offset:
+                result.corrupt(f"refcount table entry {index} has reserved bits set")
+            elif not offset:
                 continue
-            if offset % self.size:
-                self.result.corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
-            elif not self._is_block(offset):
-                self.result.corrupt(f"refcount block {index} is outside image")
+            elif offset % self.size:
+                result.corrupt(f"refcount block {index} is not cluster aligned; refcount table entry corrupted")
+            elif not self.is_block(offset):
+                result.corrupt(f"refcount block {index} is outside image")
             else:
-                self._count_area(offset, self.size)
-                if (count := int(self.counted[offset >> self.bits])) != 1:
-                    self.result.corrupt(f"refcount block {index} refcount={count}")
+                self._count_block(index, offset)
+        first = header.refcount_table_offset >> self.bits
+        table = self.counted[first : first + header.refcount_table_clusters]
+        self.broken_refcounts |= result.corruptions > errors or bool((table != 1).any())
+
+    def _count_block(self, index: int, offset: int) -> None:
+        self._count_area(offset, self.size)
+        count = int(self.counted[offset >> self.bits])
+        if min(count, self.max_count) != 1:
+            self.result.corrupt(f"refcount block {index} refcount={count}")
+        self.broken_refcounts |= count != 1
 
     # -- references
 
-    def _count_area(self, offset: int, length: int) -> None:
+    def _count_area(self, offset: int, length: int, use: Use = Use(0)) -> None:  # noqa: B008
         """Count one reference to each cluster that an area touches."""
         if not length:
             return
         if offset + length - self.storage.length >= self.size:
             self._beyond(offset, length)
             return
-        self.counted[offset >> self.bits : offset + length - 1 + self.size >> self.bits] += 1
+        place = slice(offset >> self.bits, offset + length - 1 + self.size >> self.bits)
+        self.counted[place] += 1
+        self.uses[place] |= np.uint8(use)
 
     def _beyond(self, offset: int, length: int) -> None:
         self.result.corrupt(f"reference to {length} bytes at {offset:#x}, beyond the end of the file")
 
-    def _count_hosts(self, hosts: Entries) -> None:
-        """Count one reference to each of many clusters, by host offset."""
-        beyond = hosts >> self.bits >= self.clusters
-        for host in hosts[beyond]:
-            self._beyond(int(host), self.size)
-        np.add.at(self.counted, (hosts[~beyond] >> self.bits).astype(np.int64), 1)
+    def _count_hosts(self, hosts: Entries, use: Use) -> None:
+        """Count one reference to each of many clusters, by host offset; ones that come twice get two."""
+        clusters = (hosts >> np.uint64(self.bits)).astype(np.int64)
+        beyond = clusters >= self.clusters
+        if beyond.any():
+            self.broken += int(np.count_nonzero(beyond))
+            for host in hosts[beyond]:
+                self._beyond(int(host), self.size)
+            clusters = clusters[~beyond]
+        if not len(clusters):
+            return
+        steps = np.diff(clusters)
+        if (steps == 1).all():
+            # the usual case, and the fastest: data that lies as the guest sees it
+            run = slice(int(clusters[0]), int(clusters[-1]) + 1)
+            self.counted[run] += 1
+            self.uses[run] |= np.uint8(use)
+            return
+        if (steps > 0).all():
+            self.counted[clusters] += 1
+        else:
+            unique, times = np.unique(clusters, return_counts=True)
+            self.counted[unique] += times.astype(np.uint32)
+        self.uses[clusters] |= np.uint8(use)
 
     async def _count_snapshot(self, offset: int, entries: int) -> None:
         if offset % self.size or offset + entries * 8 > self.storage.length:
@@ -146,27 +246,33 @@ class _Check:
         await self._count_l1(offset, table, active=False)
 
     async def _count_l1(self, offset: int, entries: "array[int]", *, active: bool) -> None:
-        self._count_area(offset, len(entries) * 8)
-        for index, entry in enumerate(entries):
+        self._count_area(offset, len(entries) * 8, Use.FIXED)
+        for index in np.flatnonzero(np.frombuffer(entries, np.uint64)).tolist():
+            entry = entries[index]
             table = entry & OFFSET_MASK
             if entry & L1_RESERVED:
+                self.broken += 1
                 self.result.corrupt(f"found L1 entry with reserved bits set: {entry:x}")
             if not table:
                 continue
-            if table % self.size:
-                self.result.corrupt(f"l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted")
-                continue
-            self._count_area(table, self.size)
+            self._count_area(table, self.size, Use.L2_TABLE)
             if active:
                 self._check_copied_table(index, entry)
+            if table % self.size:
+                self.broken += 1
+                self.result.corrupt(f"l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted")
             if table >= self.storage.length:
+                self.broken += 1
                 continue
             if table + self.size > self.storage.length:
+                self.broken += 1
                 self.result.corrupt(f"L2 table at {table:#x} is cut off by the end of the file")
                 continue
             cached = self.tables.get(table)
             found = cached.entries if cached else await self.tables.read(table, self.size, "Q", "L2 table")
             self._count_l2(np.frombuffer(found, np.uint64), active=active)
+            # a large image is walked for long, mostly from the page cache
+            await trio.lowlevel.checkpoint()
 
     def _check_copied_table(self, index: int, entry: int) -> None:
         cluster = (entry & OFFSET_MASK) >> self.bits
@@ -175,50 +281,74 @@ class _Check:
             self.result.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
 
     def _count_l2(self, entries: Entries, *, active: bool) -> None:
-        is_compressed = entries & COMPRESSED != 0
-        self._count_compressed(entries[is_compressed], active=active)
-        hosts = np.where(is_compressed, 0, entries & OFFSET_MASK)
+        is_compressed = entries & np.uint64(COMPRESSED) != 0
+        if is_compressed.any():
+            self._count_compressed(entries[is_compressed], active=active)
+            entries = np.where(is_compressed, np.uint64(0), entries)
+        self._find_reserved(entries)
+        hosts = entries & np.uint64(OFFSET_MASK)
         normal = hosts != 0
-        for entry in entries[~is_compressed & (entries & np.uint64(L2_RESERVED) != 0)]:
-            self.result.corrupt(f"found l2 entry with reserved bits set: {int(entry):x}")
-        if self.header.version < 3:
-            for entry in entries[~is_compressed & (entries & ZERO != 0)]:
-                self.result.corrupt(f"l2_entry={int(entry):x}: zero flag in a version 2 image")
+        entries, hosts = entries[normal], hosts[normal]
         unaligned = hosts & np.uint64(self.size - 1) != 0
-        for host in hosts[unaligned]:
-            self.result.corrupt(f"offset={int(host):x}: Cluster is not properly aligned; L2 entry corrupted.")
-        places = hosts[normal & ~unaligned]
-        self._count_hosts(places)
+        if unaligned.any():
+            self._count_unaligned(hosts[unaligned])
+            self._count_hosts(hosts[~unaligned], Use.DATA)
+        else:
+            self._count_hosts(hosts, Use.DATA)
         if active:
-            self._count_fragments(hosts[normal])
-            self._check_copied_data(entries[normal & ~unaligned], places)
+            self.result.allocated_clusters += len(hosts)
+            jumps = hosts[1:] != hosts[:-1] + np.uint64(self.size)
+            self.result.fragmented_clusters += int(np.count_nonzero(jumps))
+            self._check_copied_data(entries, hosts)
 
-    def _count_fragments(self, hosts: Entries) -> None:
-        self.result.allocated_clusters += len(hosts)
-        jumps = hosts[1:] != hosts[:-1] + np.uint64(self.size)
-        self.result.fragmented_clusters += int(np.count_nonzero(jumps))
+    def _find_reserved(self, entries: Entries) -> None:
+        wrong = entries[entries & np.uint64(L2_RESERVED) != 0]
+        if len(wrong):
+            self.broken += len(wrong)
+            self.result.corrupt_each(
+                len(wrong), (f"found l2 entry with reserved bits set: {e:x}" for e in wrong.tolist())
+            )
+        if self.header.version < 3:
+            wrong = entries[entries & np.uint64(ZERO) != 0]
+            self.broken += len(wrong)
+            self.result.corrupt_each(
+                len(wrong), (f"l2_entry={e:x}: zero flag in a version 2 image" for e in wrong.tolist())
+            )
+
+    def _count_unaligned(self, hosts: Entries) -> None:
+        self.broken += len(hosts)
+        for host in hosts.tolist():
+            self.result.corrupt(f"offset={host:x}: Cluster is not properly aligned; L2 entry corrupted.")
+            self._count_area(host, self.size)
 
     def _check_copied_data(self, entries: Entries, hosts: Entries) -> None:
-        clusters = (hosts >> self.bits).astype(np.int64)
-        inside = clusters < self.clusters
-        counts = np.zeros(len(clusters), np.uint64)
-        counts[inside] = self.stored[clusters[inside]]
+        clusters = (hosts >> np.uint64(self.bits)).astype(np.int64)
+        beyond = clusters >= self.clusters
+        if beyond.any():
+            counts = np.where(beyond, 0, self.stored[np.where(beyond, 0, clusters)])
+        else:
+            counts = self.stored[clusters]
         wrong = (counts == 1) != (entries & np.uint64(COPIED) != 0)
-        for entry, count in zip(entries[wrong], counts[wrong], strict=True):
-            self.result.corrupt(f"OFLAG_COPIED data cluster: l2_entry={int(entry):x} refcount={int(count)}")
+        if wrong.any():
+            pairs = zip(entries[wrong].tolist(), counts[wrong].tolist(), strict=True)
+            self.result.corrupt_each(
+                int(np.count_nonzero(wrong)),
+                (f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={count}" for entry, count in pairs),
+            )
 
     def _count_compressed(self, entries: Entries, *, active: bool) -> None:
-        if not len(entries):
-            return
-        for entry in entries[entries & np.uint64(COPIED) != 0]:
-            self.result.corrupt(f"l2_entry={int(entry):x}: copied flag must never be set for compressed clusters")
-        bits = 62 - (self.bits - 8)
-        starts = entries & np.uint64((1 << bits) - 1)
-        sectors = ((entries & np.uint64(COMPRESSED - 1)) >> bits) + 1
-        last: Entries = ((starts // SECTOR + sectors) * SECTOR - 1 >> self.bits).astype(np.uint64)
-        clusters: Entries = (starts >> self.bits).astype(np.uint64)
+        for entry in entries[entries & np.uint64(COPIED) != 0].tolist():
+            self.broken += 1
+            self.result.corrupt(f"l2_entry={entry:x}: copied flag must never be set for compressed clusters")
+        starts, ends = compressed_places(entries, self.bits)
+        beyond = ends.astype(np.int64) - self.storage.length >= self.size
+        for start, end in zip(starts[beyond].tolist(), ends[beyond].tolist(), strict=True):
+            self.broken += 1
+            self._beyond(start, end - start)
+        clusters = starts[~beyond] >> np.uint64(self.bits)
+        last = ends[~beyond] - np.uint64(1) >> np.uint64(self.bits)
         while len(clusters):
-            self._count_hosts((clusters << self.bits).astype(np.uint64))
+            self._count_hosts(clusters << np.uint64(self.bits), Use.DATA)
             ahead = clusters < last
             clusters, last = clusters[ahead] + np.uint64(1), last[ahead]
         if active:
@@ -228,6 +358,11 @@ class _Check:
 
     async def _count_bitmaps(self) -> None:
         """Section "Bitmaps extension"; without its autoclear bit the extension says nothing."""
+        errors = self.result.corruptions
+        await self._count_bitmap_directory()
+        self.broken_bitmaps = self.result.corruptions > errors
+
+    async def _count_bitmap_directory(self) -> None:
         header = self.header
         data = next((data for kind, data in header.extensions if kind == EXTENSION_BITMAPS), b"")
         if not header.autoclear & AUTOCLEAR_BITMAPS or len(data) < 24:
@@ -236,7 +371,7 @@ class _Check:
         if size > self.storage.length or offset + size > self.storage.length:
             self.result.corrupt(f"bitmap directory at {offset:#x} lies beyond the end of the file")
             return
-        self._count_area(offset, size)
+        self._count_area(offset, size, Use.FIXED)
         directory = await self.storage.read_bytes(offset, size)
         position = 0
         for _ in range(count):
@@ -248,24 +383,51 @@ class _Check:
             await self._count_bitmap_table(table, entries)
 
     async def _count_bitmap_table(self, offset: int, entries: int) -> None:
-        self._count_area(offset, entries * 8)
+        self._count_area(offset, entries * 8, Use.FIXED)
         try:
             table = await self.tables.read(offset, entries * 8, "Q", "bitmap table")
         except CorruptImage as error:
             self.result.corrupt(error.message)
             return
         hosts = np.frombuffer(table, np.uint64) & np.uint64(OFFSET_MASK)
-        self._count_hosts(hosts[hosts != 0])
+        self._count_hosts(hosts[hosts != 0], Use.FIXED)
 
     # -- the verdict
 
     def _compare(self) -> None:
-        stored, counted, result = self.stored, self.counted, self.result
-        for cluster in np.nonzero(stored != counted)[0]:
-            sentence = f"cluster {cluster} refcount={int(stored[cluster])} reference={int(counted[cluster])}"
-            if stored[cluster] > counted[cluster]:
-                result.leak(sentence)
-            else:
-                result.corrupt(sentence)
-        used = np.nonzero((stored > 0) | (counted > 0))[0]
-        result.image_end_offset = (int(used[-1]) + 1) * self.size if len(used) else 0
+        end = 0
+        for start in range(0, self.clusters, _WINDOW):
+            stored = self.stored[start : start + _WINDOW]
+            counted = self.counted[start : start + _WINDOW]
+            self._find_overflow(start, counted)
+            counted = np.minimum(counted, self.max_count)
+            self._find_mismatches(start, stored, counted)
+            used = np.flatnonzero((stored > 0) | (counted > 0))
+            end = start + int(used[-1]) + 1 if len(used) else end
+        self.result.image_end_offset = end * self.size
+
+    def _find_overflow(self, start: int, counted: Counts) -> None:
+        over = np.flatnonzero(counted > self.max_count)
+        if len(over):
+            excess = int((counted[over] - np.uint64(self.max_count)).sum())
+            self.result.corrupt(f"cluster {start + int(over[0])} and others have more references than fit", excess)
+
+    def _find_mismatches(self, start: int, stored: Counts, counted: Counts) -> None:
+        for different, record in (
+            (stored > counted, self.result.leak_each),
+            (stored < counted, self.result.corrupt_each),
+        ):
+            found = np.flatnonzero(different)
+            record(
+                len(found),
+                (f"cluster {start + c} refcount={int(stored[c])} reference={int(counted[c])}" for c in found.tolist()),
+            )
+
+
+def compressed_places(entries: Entries, cluster_bits: int) -> tuple[Entries, Entries]:
+    """Host offsets at which compressed clusters start, and end with their last sector."""
+    bits = 62 - (cluster_bits - 8)
+    starts = entries & np.uint64((1 << bits) - 1)
+    sectors = ((entries & np.uint64(COMPRESSED - 1)) >> np.uint64(bits)) + np.uint64(1)
+    ends = (starts // np.uint64(SECTOR) + sectors) * np.uint64(SECTOR)
+    return starts, ends

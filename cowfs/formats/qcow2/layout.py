@@ -48,6 +48,8 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 #: bits that no version gives a meaning to
 L1_RESERVED = 0x7F00_0000_0000_01FF
 L2_RESERVED = 0x3F00_0000_0000_01FE
+#: refcount table entries: host offset of a refcount block, and what has no meaning yet
+REFCOUNT_BLOCK_MASK = 0xFFFF_FFFF_FFFF_FE00
 REFCOUNT_TABLE_RESERVED = 0x1FF
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
