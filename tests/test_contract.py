@@ -18,7 +18,7 @@ from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Kind
 from cowfs.block.image import Backing
 from cowfs.errors import OutOfRange, ReadOnly
-from cowfs.formats.chain import open_disk
+from cowfs.formats.chain import open_disk, open_image
 from cowfs.formats.registry import format_named
 from cowfs.storage import FileStorage
 
@@ -291,6 +291,44 @@ async def test_filling_the_overlay_and_dropping_the_backing(stack: Stack) -> Non
         (stack.folder / f"layer{number}").unlink()
     stack.layers = stack.layers[:1]
     await stack.run(stack.verify)
+    stack.judge()
+
+
+async def test_linking_to_another_backing_file(stack: Stack) -> None:
+    """What is below is flattened into a new file of another name, format and size; then the link is dropped."""
+    if len(stack.layers) == 1:
+        pytest.skip("has no backing file")
+    below: list[bytes] = []
+
+    async def flatten(disk: Disk) -> None:
+        below.append(bytes(await disk.read(0, disk.size, 1)))
+        await stack.write(disk, 1, b"not flushed yet")
+
+    await stack.run(flatten)
+    for name, make in (("a longer name for the same bytes", RAW), ("short", FORMATS["qed"]), ("layer1", RAW)):
+        path = stack.folder / name
+        path.unlink(missing_ok=True)
+        storage = FileStorage.create(str(path))
+        await format_named(make.format).create(storage, len(below[0]), None, make.options)
+        await storage.close()
+        base = await open_disk(str(path), make.format, writable=True)
+        await base.write(0, below[0])
+        await base.close()
+        backing = Backing(name, make.format)
+
+        async def link(disk: Disk, backing: Backing = backing) -> None:
+            await stack.write(disk, SIZE // 2, b"linked")
+            await disk.layers[0].set_backing(backing)
+            assert disk.layers[0].backing == backing
+
+        await stack.run(link)
+        stack.layers = (stack.layers[0], make)
+        await stack.run(stack.verify)
+        image = await open_image(str(stack.top))
+        assert image.backing is not None
+        assert image.backing.name == name
+        assert image.backing.format in (make.format, None), "QED records of a format only whether it is raw"
+        await image.close()
     stack.judge()
 
 

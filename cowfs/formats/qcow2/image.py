@@ -14,6 +14,7 @@ from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, Unsupported
 from cowfs.formats.qcow2 import compressed
 from cowfs.formats.qcow2.check import check
+from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
 from cowfs.formats.qcow2.layout import (
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSED,
@@ -26,6 +27,7 @@ from cowfs.formats.qcow2.layout import (
     SECTOR,
     ZERO,
     Header,
+    parse_header,
 )
 from cowfs.formats.qcow2.refcounts import Refcounts
 from cowfs.storage.base import Storage
@@ -198,13 +200,36 @@ class Qcow2Image(TwoLevelImage):
             self.sector.set(index, byte)
 
     async def set_backing(self, backing: Backing | None) -> None:
-        """Forget where the name is, in the first sector. The extension with its format means nothing without."""
-        if backing is not None:
-            raise Unsupported("the backing file of a qcow2 image can only be dropped, not changed")
+        """Record another backing file and its format, or none, by one write of the first sector.
+
+        Raises `UsageError` for what no header records, `Unsupported` if this one has no room for it.
+        """
         await self.flush()
-        self._set_field(8, 12, 0)
-        await self.flush()
-        self.backing = self.header.backing = None
+        head = await self.storage.read_bytes(0, min(self.cluster_size, self.storage.length))
+        steps = plan(parse_header(head, self.storage.length), backing)
+        for state in steps.states:
+            await write_rest(self.storage, state)
+            await self._switch(state)
+        self.header.backing_offset, self.header.backing_length = state.name_offset, state.name_length
+        self.header.extensions = steps.extensions
+        self.backing = self.header.backing = backing
+        for offset, length in steps.stale:
+            # zeroed by the next flush, so that old names do not stay behind
+            self.tables.add(Table(offset, array("B", bytes(length)), Level.BODY, fresh=True))
+
+    async def _switch(self, state: State) -> None:
+        """Let the first sector, durably, lead to a state of the header; in memory it is as before if that fails."""
+        before = self.sector.entries.tobytes()
+        self._set_variable_part(first_sector(before, self.header.length, state))
+        try:
+            await self.flush()
+        except BaseException:
+            self._set_variable_part(before)
+            raise
+
+    def _set_variable_part(self, sector: bytes) -> None:
+        for index in (*range(8, 20), *range(self.header.length, SECTOR)):
+            self.sector.set(index, sector[index])
 
     async def grow_l1(self, size: int) -> None:
         """Move L1 to a larger place if it needs one; the header then points there at once."""
