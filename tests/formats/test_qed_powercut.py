@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from powercut import RecordingStorage, after_cut
 from qedtools import disk_over
 from storages import MemoryStorage
 
@@ -11,53 +12,11 @@ from cowfs.block.writetracker import WriteTracker
 from cowfs.formats import qed
 from cowfs.formats.qed.image import QedImage
 from cowfs.formats.qed.layout import Header
-from cowfs.storage.base import WriteBuffers
 
 CLUSTER = 4096
 TABLES = 10
 #: subsets that are tried for each moment, besides nothing lost
 SUBSETS = 2
-
-#: offset and bytes of a write, or a length to cut the file to; None is a flush
-Step = tuple[int, bytes] | int | None
-
-
-class RecordingStorage(MemoryStorage):
-    """Remembers what is done to it."""
-
-    def __init__(self, name: str, content: bytes, *, cold: bool) -> None:
-        super().__init__(name, content, cold=cold)
-        self.steps: list[Step] = []
-
-    def _store(self, offset: int, buffers: WriteBuffers) -> None:
-        self.steps.append((offset, b"".join(buffers)))
-        super()._store(offset, buffers)
-
-    async def flush(self) -> None:
-        await super().flush()
-        self.steps.append(None)
-
-    async def truncate(self, length: int) -> None:
-        await super().truncate(length)
-        self.steps.append(length)
-
-
-def after_cut(start: bytes, steps: list[Step], losing: random.Random | None) -> bytes:
-    """Content of the disk if power goes after ``steps``: all before the last flush, and some of the rest."""
-    flushed = max((index for index, step in enumerate(steps) if step is None), default=-1)
-    content = bytearray(start)
-    for index, step in enumerate(steps):
-        if step is None or (index > flushed and losing is not None and losing.random() < 0.5):
-            continue
-        if isinstance(step, int):
-            del content[step:]
-            continue
-        offset, data = step
-        if index > flushed and losing is not None and losing.random() < 0.2:
-            data = data[: len(data) // 1024 * 512]
-        content.extend(bytes(max(0, offset + len(data) - len(content))))
-        content[offset : offset + len(data)] = data
-    return bytes(content)
 
 
 class Scene:
