@@ -36,12 +36,14 @@ FORMATS = {
     "qcow2": Make("qcow2"),
     "qcow2-512": Make("qcow2", {"cluster_size": "512", "refcount_bits": "1"}),
     "qcow2-v2": Make("qcow2", {"cluster_size": "4k", "compat": "0.10"}),
+    "qcow2-data": Make("qcow2", {"cluster_size": "4k", "data_file": "data"}),
     "qed": Make("qed"),
     "qed-4k": Make("qed", {"cluster_size": "4k", "table_size": "2"}),
 }
 #: active layer first
 STACKS: dict[str, tuple[Make, ...]] = {
     "raw": (RAW,),
+    "qcow2-data-raw": (Make("qcow2", {"data_file": "data", "data_file_raw": "on"}),),
     **{name: (make,) for name, make in FORMATS.items()},
     **{f"{name} on raw": (make, RAW) for name, make in FORMATS.items()},
     "qed on qcow2": (FORMATS["qed-4k"], FORMATS["qcow2"]),
@@ -113,6 +115,7 @@ class Stack:
             if make.format != "raw":
                 found = subprocess.run(
                     ["qemu-img", "check", "-f", make.format, str(self.folder / f"layer{number}")],
+                    cwd=self.folder,
                     capture_output=True,
                     text=True,
                     check=False,
@@ -122,6 +125,7 @@ class Stack:
         flat.write_bytes(self.model)
         same = subprocess.run(
             ["qemu-img", "compare", "-f", "raw", "-F", self.layers[0].format, str(flat), str(self.top)],
+            cwd=self.folder,
             capture_output=True,
             text=True,
             check=False,

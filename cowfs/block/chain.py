@@ -120,8 +120,8 @@ class Chain:
                 continue
             for extent in extents:
                 part = data[extent.offset - offset : extent.end - offset]
-                if not layer.storage.write_now(extent.host_offset, (part,)):
-                    await layer.storage.write(extent.host_offset, (part,))
+                if not layer.data_storage.write_now(extent.host_offset, (part,)):
+                    await layer.data_storage.write(extent.host_offset, (part,))
 
     async def _vet(self, depth: int, offset: int, data: memoryview) -> None:
         """Show the image what the start of its disk is about to become."""

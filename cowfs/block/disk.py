@@ -134,7 +134,7 @@ class Disk(Chain):
             if extent.kind is not Kind.DATA:
                 return False
         self._about_to_write(offset, length)
-        storage = top.storage
+        storage = top.data_storage
         if len(extents) == 1:
             done = storage.write_now(extents[0].host_offset, (data,))
         else:

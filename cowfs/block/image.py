@@ -61,6 +61,24 @@ class Image(ABC):
     unwritable: str | None = None
     #: whether the image says on disk that it was not closed cleanly
     dirty: bool = False
+    #: name, as the header records it, of a second file that holds the guest's data; see `attach_data`
+    data_file: str | None = None
+    #: whether a cluster that reaches beyond the end of the disk is written as a whole
+    writes_past_end: bool = True
+
+    @property
+    def data_storage(self) -> Storage:
+        """Where host offsets of the guest's data lead: the one storage, for all formats but a few."""
+        return self.storage
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """All files that are this image, the one with its header first."""
+        return (self.storage,)
+
+    def attach_data(self, storage: Storage) -> None:
+        """Take over the file that `data_file` names; whoever opens such an image does this before anything else."""
+        raise Unsupported(f"{self.format} images have no data file")
 
     @abstractmethod
     def lookup(self, offset: int, length: int) -> list[Extent] | None:
@@ -154,4 +172,9 @@ class Image(ABC):
                 await self.flush()
                 await self.settle()
         finally:
-            await self.storage.close()
+            await self.close_storages()
+
+    async def close_storages(self) -> None:
+        """Let go of all files, without flushing."""
+        for storage in self.storages:
+            await storage.close()

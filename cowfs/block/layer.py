@@ -27,13 +27,20 @@ class Layer:
     def __init__(self, image: Image) -> None:
         self.image = image
         self._lookup = image.lookup
+        #: where host offsets of extents lead
+        self.data_storage = image.data_storage
         #: whether the image has been told that it is being written to
         self.begun = False
 
     @property
     def storage(self) -> Storage:
-        """Where its bytes live."""
+        """Where its header lives."""
         return self.image.storage
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """All files that it is."""
+        return self.image.storages
 
     @property
     def name(self) -> str:
@@ -97,7 +104,7 @@ class Layer:
         """Fill ``view`` with an extent's content on the spot; False if that has to wait."""
         kind = extent.kind
         if kind <= Kind.SHARED:
-            return self.image.storage.read_now(extent.host_offset, (view,))
+            return self.data_storage.read_now(extent.host_offset, (view,))
         if kind is Kind.ZERO or kind is Kind.UNALLOCATED:
             fill_zeros(view)
             return True
@@ -110,7 +117,7 @@ class Layer:
             within = extent.offset % self.cluster_size
             view[:] = cluster[within : within + extent.length]
         elif not self.read_now(extent, view):
-            await self.storage.read(extent.host_offset, (view,))
+            await self.data_storage.read(extent.host_offset, (view,))
 
     # -- writing
 
@@ -144,10 +151,12 @@ class Layer:
         reservation = await self.image.reserve(offset, length)
         try:
             rest = [memoryview(buffer) for buffer in buffers]
+            left = length if self.image.writes_past_end else min(length, self.size - offset)
             for host, size in adjacent(reservation.runs):
-                part, rest = _cut(rest, size)
-                if not self.storage.write_now(host, part):
-                    await self.storage.write(host, part)
+                part, rest = _cut(rest, min(size, left))
+                left -= min(size, left)
+                if not self.data_storage.write_now(host, part):
+                    await self.data_storage.write(host, part)
         except BaseException:
             self.image.release(reservation)
             raise
@@ -191,7 +200,9 @@ class Layer:
             await self.image.flush()
             await self.image.settle()
             self.begun = False
-        await self.storage.reopen(writable=writable)
+        # the header's file last: while it cannot be written, nothing can
+        for storage in reversed(self.storages):
+            await storage.reopen(writable=writable)
 
     async def close(self) -> None:
         """Flush and close."""

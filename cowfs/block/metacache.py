@@ -97,6 +97,8 @@ class MetadataCache:
 
     def __init__(self, storage: Storage, order: ByteOrder, *, bound: int = DEFAULT_BOUND) -> None:
         self._storage = storage
+        #: a second storage, for guest data that tables of this one point to: flushed before they are written
+        self.data_storage: Storage | None = None
         self._order: ByteOrder = order
         self._bound = bound
         self._bytes = 0
@@ -212,6 +214,8 @@ class MetadataCache:
     async def _flush_once(self) -> None:
         snapshot = self._take()
         try:
+            if self.data_storage is not None:
+                await self.data_storage.flush()
             for level in Level:
                 pages = snapshot.pages[level]
                 if level > Level.BODY and pages:

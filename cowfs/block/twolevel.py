@@ -88,6 +88,10 @@ class TwoLevelImage(Image):
     async def allocate(self, count: int) -> tuple[int, int]:
         """Take up to ``count`` adjacent clusters: (host offset, how many). Reserved on return, in one breath."""
 
+    async def allocate_data(self, offset: int, count: int) -> tuple[int, int]:
+        """`allocate` clusters for the guest's data from a guest offset on."""
+        return await self.allocate(count)
+
     @abstractmethod
     async def load_table(self, host_offset: int) -> Table:
         """Return the L2 table at a host offset, from the cache or the storage."""
@@ -259,7 +263,7 @@ class TwoLevelImage(Image):
                 wanted = 1
                 while index + wanted < end and self._kept_space(table.entries[index + wanted]) == NO_OFFSET:
                     wanted += 1
-                host, taken = await self.allocate(wanted)
+                host, taken = await self.allocate_data(position, wanted)
                 runs.append(Run(position, taken << self.cluster_bits, host, fresh=True))
             index += taken
             position += taken << self.cluster_bits

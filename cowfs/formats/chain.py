@@ -9,6 +9,7 @@ from cowfs.block.disk import FLUSH_INTERVAL, Disk
 from cowfs.block.image import Backing, Image
 from cowfs.block.layer import Layer
 from cowfs.errors import CowfsError, InvalidImage, Unsupported
+from cowfs.formats.datafile import data_path, open_data
 from cowfs.formats.registry import format_named, open_guessed
 from cowfs.storage import open_storage
 
@@ -28,11 +29,20 @@ class Source(NamedTuple):
     format: str | None
 
 
-async def open_image(name: str, format: str | None = None, *, writable: bool = False) -> Image:
-    """Open one image without its backing. Errors name the file."""
+async def open_image(name: str, format: str | None = None, *, writable: bool = False, vet: Vet | None = None) -> Image:
+    """Open one image, with its data file, without its backing. Errors name the file.
+
+    ``vet`` is shown the name of the data file.
+    """
     storage = await open_storage(name, writable=writable)
     try:
-        return await (format_named(format).open(storage) if format else open_guessed(storage))
+        image = await (format_named(format).open(storage) if format else open_guessed(storage))
+        if image.data_file is not None:
+            path = data_path(name, image.data_file)
+            if vet is not None:
+                await vet(path)
+            image.attach_data(await open_data(name, path, writable=writable))
+        return image
     except CowfsError as error:
         await storage.close()
         if error.file is None:
@@ -58,24 +68,25 @@ async def open_chain(
         while source is not None:
             if vet is not None:
                 await vet(source.name)
-            image = await _open_member(source, layers, writable=writable and not layers)
+            image = await _open_member(source, layers, writable=writable and not layers, vet=vet)
             layers.append(Layer(image))
-            if image.storage.identity in seen:
-                raise InvalidImage("the chain of backing files comes back to this file", file=source.name)
-            seen.add(image.storage.identity)
+            for storage in image.storages:
+                if storage.identity in seen:
+                    raise InvalidImage("the chain of backing files comes back to this file", file=storage.name)
+                seen.add(storage.identity)
             if len(layers) > MAX_DEPTH:
                 raise InvalidImage(f"the chain has more than {MAX_DEPTH} layers", file=name)
             source = backing_source(source.name, image.backing) if image.backing else None
     except BaseException:
         for layer in layers:
-            await layer.storage.close()
+            await layer.image.close_storages()
         raise
     return layers
 
 
-async def _open_member(source: Source, above: list[Layer], *, writable: bool) -> Image:
+async def _open_member(source: Source, above: list[Layer], *, writable: bool, vet: Vet | None) -> Image:
     try:
-        return await open_image(source.name, source.format, writable=writable)
+        return await open_image(source.name, source.format, writable=writable, vet=vet)
     except CowfsError as error:
         if above:
             error.message += f" (backing file of {above[-1].name})"
@@ -99,7 +110,7 @@ async def open_disk(
         return Disk(layers, copy_on_read=copy_on_read, flush_interval=flush_interval)
     except BaseException:
         for layer in layers:
-            await layer.storage.close()
+            await layer.image.close_storages()
         raise
 
 

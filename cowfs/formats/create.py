@@ -7,7 +7,6 @@ a failure after that leaves no half-made new one.
 import errno
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NoReturn, cast
 
 import trio
@@ -17,7 +16,7 @@ from cowfs.block.image import Backing
 from cowfs.errors import CowfsError, InvalidImage, StorageError, UsageError
 from cowfs.formats.chain import backing_source, open_chain
 from cowfs.formats.registry import Format, format_named
-from cowfs.storage import Storage, create_storage, open_storage
+from cowfs.storage import Storage, create_storage, open_storage, sync_directory
 
 #: bytes; disks are whole numbers of sectors, as with ``qemu-img``
 SECTOR = 512
@@ -51,7 +50,7 @@ async def create_image(
         if size is None:
             raise UsageError("a new image needs a size")
         size = align_up(size, SECTOR)
-        await _dry_run(driver, size, backing, options)
+        await _dry_run(driver, name, size, backing, options)
         await _make(name, driver, size, backing, options, is_new=existing is None)
     except CowfsError as error:
         if error.file is None:
@@ -80,7 +79,7 @@ async def _check_backing(name: str, existing: Identity | None, backing: Backing,
         if backing.format is None:
             found = layers[0].format
             raise UsageError(f"backing file given without its format; it looks like {found}: add -F {found}")
-        if existing in [layer.storage.identity for layer in layers]:
+        if existing in [storage.identity for layer in layers for storage in layer.storages]:
             raise InvalidImage("cannot be made anew: its backing file would be, or need, itself")
         return layers[0].size if size is None else size
     finally:
@@ -88,10 +87,10 @@ async def _check_backing(name: str, existing: Identity | None, backing: Backing,
             await layer.close()
 
 
-async def _dry_run(driver: Format, size: int, backing: Backing | None, options: Mapping[str, str]) -> None:
+async def _dry_run(driver: Format, name: str, size: int, backing: Backing | None, options: Mapping[str, str]) -> None:
     """Let the format refuse what it has to, with nothing there that could be changed."""
     try:
-        await driver.create(cast(Storage, _Untouched()), size, backing, options)
+        await driver.create(cast(Storage, _Untouched(name)), size, backing, options)
     except _TouchedError:
         return
 
@@ -107,23 +106,11 @@ async def _make(
         finally:
             await storage.close()
         if is_new:
-            await trio.to_thread.run_sync(_sync_directory, name)
+            await trio.to_thread.run_sync(sync_directory, name)
     except BaseException:
         if is_new:
             os.unlink(name)  # noqa: PTH108
         raise
-
-
-def _sync_directory(name: str) -> None:
-    """Make the file's name durable."""
-    try:
-        fd = os.open(Path(name).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise StorageError.from_os(error, file=name, doing="cannot make the directory entry durable") from error
 
 
 class _TouchedError(Exception):
@@ -131,7 +118,7 @@ class _TouchedError(Exception):
 
 
 class _Untouched:
-    """Stands for an empty storage, and stops whoever does anything with it.
+    """Stands for an empty storage of some name, and stops whoever does anything with it.
 
     A format's ``create`` looks at all that it is given before its first change, so running it on this tells
     whether it would refuse.
@@ -139,6 +126,9 @@ class _Untouched:
 
     length = 0
     read_only = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __getattr__(self, attribute: str) -> NoReturn:
         raise _TouchedError

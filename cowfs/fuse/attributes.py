@@ -46,7 +46,7 @@ class Attributes:
         disk = node.served.disk
         entry.st_mode = stat.S_IFREG | (self._mode & 0o555 if disk.read_only else self._mode)
         entry.st_size = disk.size
-        entry.st_blocks = sum(layer.storage.allocated for layer in disk.layers) // 512
+        entry.st_blocks = sum(storage.allocated for layer in disk.layers for storage in layer.storages) // 512
 
     @_fill.register
     def _(self, node: LayerFile, entry: pyfuse3.EntryAttributes) -> None:
@@ -54,7 +54,7 @@ class Attributes:
         below = layers[layers.index(node.layer) :] if node.layer in layers else ()
         entry.st_mode = stat.S_IFREG | self._mode & 0o444
         entry.st_size = node.layer.size
-        entry.st_blocks = sum(layer.storage.allocated for layer in below) // 512
+        entry.st_blocks = sum(storage.allocated for layer in below for storage in layer.storages) // 512
 
     @_fill.register
     def _(self, node: ControlNode, entry: pyfuse3.EntryAttributes) -> None:

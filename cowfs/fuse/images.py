@@ -206,7 +206,7 @@ class Mount:
             written, used = _written(other.disk), _identities(other.disk)
             for layer in disk.layers:
                 mine = layer is disk.layers[0] and not disk.read_only
-                if layer.storage.identity in (used if mine else written):
+                if any(storage.identity in (used if mine else written) for storage in layer.storages):
                     raise Busy(
                         f"is part of the disk '{other.name}', and one of them would write to it", file=layer.name
                     )
@@ -251,9 +251,9 @@ class Mount:
 
 
 def _identities(disk: Disk) -> set[tuple[object, ...]]:
-    return {layer.storage.identity for layer in disk.layers}
+    return {storage.identity for layer in disk.layers for storage in layer.storages}
 
 
 def _written(disk: Disk) -> set[tuple[object, ...]]:
     """Return what is open for writing: the active layer, and during a commit its base."""
-    return {layer.storage.identity for layer in disk.layers if not layer.storage.read_only}
+    return {s.identity for layer in disk.layers if not layer.storage.read_only for s in layer.storages}

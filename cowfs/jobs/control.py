@@ -124,9 +124,10 @@ class JobControl:
         """Commit writes into a backing file, which must be nobody else's layer."""
         if len(self._disk.layers) == 1:
             raise UsageError("there is no backing file to commit into")
-        base = self._disk.layers[1].storage
+        base = self._disk.layers[1]
+        written = {storage.identity for storage in base.storages}
         for name, disk in self._neighbours():
-            if any(layer.storage.identity == base.identity for layer in disk.layers):
+            if any(storage.identity in written for layer in disk.layers for storage in layer.storages):
                 raise Busy(f"its backing file {base.name} is in use by '{name}'")
 
 

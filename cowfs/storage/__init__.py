@@ -1,9 +1,9 @@
 """Where an image's bytes live."""
 
 from cowfs.storage.base import Storage
-from cowfs.storage.file import FileStorage
+from cowfs.storage.file import FileStorage, sync_directory
 
-__all__ = ["FileStorage", "Storage", "create_storage", "open_storage"]
+__all__ = ["FileStorage", "Storage", "create_storage", "open_storage", "sync_directory"]
 
 
 async def open_storage(name: str, *, writable: bool) -> Storage:

@@ -323,6 +323,16 @@ def _is_in_memory(fd: int) -> bool:
     return False
 
 
+def sync_directory(name: str) -> None:
+    """Make the name of a new file durable. Blocks; raises `StorageError`."""
+    with _reported(name, "cannot make the directory entry durable"):
+        fd = os.open(Path(name).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 

@@ -121,6 +121,8 @@ class Survey:
         self.stored: Counts = np.zeros(self.clusters, _COUNT_TYPES[header.refcount_order])
         self.uses = np.zeros(self.clusters, np.uint8)
         self.max_count = (1 << min(1 << header.refcount_order, 32)) - 1
+        #: whether guest data lies in a file of its own, where nothing is counted
+        self.external_data = header.data_file is not None
         #: entries of tables that are wrong by themselves, whatever is counted
         self.broken = 0
         #: whether the bitmap directory makes no sense
@@ -288,13 +290,14 @@ class Survey:
         self._find_reserved(entries)
         hosts = entries & np.uint64(OFFSET_MASK)
         normal = hosts != 0
+        if self.external_data:
+            normal |= entries & np.uint64(COPIED | ZERO) == np.uint64(COPIED)
         entries, hosts = entries[normal], hosts[normal]
         unaligned = hosts & np.uint64(self.size - 1) != 0
         if unaligned.any():
             self._count_unaligned(hosts[unaligned])
-            self._count_hosts(hosts[~unaligned], Use.DATA)
-        else:
-            self._count_hosts(hosts, Use.DATA)
+        if not self.external_data:
+            self._count_hosts(hosts[~unaligned] if unaligned.any() else hosts, Use.DATA)
         if active:
             self.result.allocated_clusters += len(hosts)
             jumps = hosts[1:] != hosts[:-1] + np.uint64(self.size)
@@ -319,12 +322,15 @@ class Survey:
         self.broken += len(hosts)
         for host in hosts.tolist():
             self.result.corrupt(f"offset={host:x}: Cluster is not properly aligned; L2 entry corrupted.")
-            self._count_area(host, self.size)
+            if not self.external_data:
+                self._count_area(host, self.size)
 
     def _check_copied_data(self, entries: Entries, hosts: Entries) -> None:
         clusters = (hosts >> np.uint64(self.bits)).astype(np.int64)
         beyond = clusters >= self.clusters
-        if beyond.any():
+        if self.external_data:
+            counts = np.ones(len(clusters), self.stored.dtype)
+        elif beyond.any():
             counts = np.where(beyond, 0, self.stored[np.where(beyond, 0, clusters)])
         else:
             counts = self.stored[clusters]
@@ -340,6 +346,11 @@ class Survey:
         for entry in entries[entries & np.uint64(COPIED) != 0].tolist():
             self.broken += 1
             self.result.corrupt(f"l2_entry={entry:x}: copied flag must never be set for compressed clusters")
+        if self.external_data:
+            self.broken += len(entries)
+            found = (f"compressed cluster with a data file, l2_entry={entry:x}" for entry in entries.tolist())
+            self.result.corrupt_each(len(entries), found)
+            return
         starts, ends = compressed_places(entries, self.bits)
         beyond = ends.astype(np.int64) - self.storage.length >= self.size
         for start, end in zip(starts[beyond].tolist(), ends[beyond].tolist(), strict=True):

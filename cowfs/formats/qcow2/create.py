@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 from cowfs.block.image import Backing
 from cowfs.errors import UsageError
+from cowfs.formats.datafile import new_data_file, new_data_path
 from cowfs.formats.options import parse_choice, parse_power, parse_switch, refuse_unknown
 from cowfs.formats.qcow2.layout import (
+    AUTOCLEAR_RAW_DATA,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_TYPES,
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     INCOMPATIBLE_COMPRESSION,
+    INCOMPATIBLE_DATA_FILE,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
     V2_LENGTH,
@@ -31,6 +35,8 @@ OPTIONS = {
     "lazy_refcounts": "on or off: QEMU may postpone updates of reference counts",
     "refcount_bits": "width of a reference count in bits, a power of two from 1 to 64 (default 16)",
     "compression_type": "zlib or zstd",
+    "data_file": "file for the guest's data, new, in the directory of the image or below it",
+    "data_file_raw": "on or off: the data file can also be used as a raw image",
 }
 
 _COMPAT = ("1.1", "0.10", "v3", "v2")
@@ -59,11 +65,21 @@ async def create(storage: Storage, size: int, backing: Backing | None, options: 
     header.refcount_table_offset = 1 << bits
     header.refcount_table_clusters = plan.table
     header.l1_offset = 1 + plan.table + plan.blocks << bits
-    await storage.write(0, _build(header, plan, backing))
-    await storage.truncate(max(plan.total << bits, storage.length))
+    content = _build(header, plan, backing)
+    if header.data_file is None:
+        await _fill(storage, None, content, size, preallocation)
+        return
+    async with new_data_file(new_data_path(storage.name, header.data_file)) as data:
+        await data.truncate(size)
+        await _fill(storage, data, content, size, preallocation)
+
+
+async def _fill(storage: Storage, data: Storage | None, content: list[bytes], size: int, preallocation: str) -> None:
+    await storage.write(0, content)
+    await storage.truncate(max(sum(map(len, content)), storage.length))
     await storage.flush()
     if preallocation != "off":
-        await _preallocate(storage, size, preallocation)
+        await _preallocate(storage, data, size, preallocation)
 
 
 def _header(size: int, backing: Backing | None, options: Mapping[str, str]) -> tuple[Header, str]:
@@ -85,6 +101,10 @@ def _header(size: int, backing: Backing | None, options: Mapping[str, str]) -> t
     header.length = V3_LENGTH + 8 if version == 3 else V2_LENGTH
     header.compatible = COMPATIBLE_LAZY_REFCOUNTS if lazy else 0
     header.incompatible = INCOMPATIBLE_COMPRESSION if compression else 0
+    _record_data_file(header, backing, options)
+    if header.autoclear & AUTOCLEAR_RAW_DATA and preallocation == "off":
+        # what is not allocated would say that the bytes of the data file are not the guest's
+        preallocation = "metadata"
     if backing is not None:
         if backing.format:
             header.extensions.append((EXTENSION_BACKING_FORMAT, backing.format.encode()))
@@ -94,6 +114,25 @@ def _header(size: int, backing: Backing | None, options: Mapping[str, str]) -> t
         if len(name) > MAX_BACKING_NAME or header.backing_offset + len(name) > header.cluster_size:
             raise UsageError(f"the name of the backing file is too long: {len(name)} bytes")
     return header, preallocation
+
+
+def _record_data_file(header: Header, backing: Backing | None, options: Mapping[str, str]) -> None:
+    raw = parse_switch(options, "data_file_raw")
+    if "data_file" not in options:
+        if raw:
+            raise UsageError("data_file_raw needs data_file")
+        return
+    if header.version == 2:
+        raise UsageError("data_file needs compat=1.1")
+    if raw and backing is not None:
+        raise UsageError("data_file_raw and a backing file exclude each other")
+    name = options["data_file"].encode("utf-8", "surrogateescape")
+    header.data_file = options["data_file"]
+    header.incompatible |= INCOMPATIBLE_DATA_FILE
+    header.autoclear = AUTOCLEAR_RAW_DATA if raw else 0
+    header.extensions.append((EXTENSION_DATA_FILE, name))
+    if not 0 < len(name) <= MAX_BACKING_NAME or len(header.pack()) > header.cluster_size:
+        raise UsageError(f"the name of the data file cannot be recorded: it has {len(name)} bytes")
 
 
 def _plan(header: Header) -> _Plan:
@@ -136,9 +175,11 @@ def _pack_ones(count: int, order: int) -> bytes:
     return bytes([full]) * (count // per_byte) + bytes([rest])
 
 
-async def _preallocate(storage: Storage, size: int, how: str) -> None:
+async def _preallocate(storage: Storage, data: Storage | None, size: int, how: str) -> None:
     """Map the whole disk to clusters that follow each other; ``how`` says whether the host's space is taken too."""
     image = await open_image(storage)
+    if data is not None:
+        image.attach_data(data)
     for start in range(0, size, _STEP):
         length = min(_STEP, size - start)
         image.link(await image.reserve(start, -(-length // image.cluster_size) * image.cluster_size))
@@ -146,4 +187,6 @@ async def _preallocate(storage: Storage, size: int, how: str) -> None:
     await storage.truncate(max(storage.length, image.refcounts.end << image.cluster_bits))
     if how != "metadata":
         await storage.preallocate(storage.length, full=False)
+        if data is not None:
+            await data.preallocate(size, full=how == "full")
     await storage.flush()

@@ -16,6 +16,7 @@ from cowfs.formats.qcow2 import compressed
 from cowfs.formats.qcow2.check import check
 from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
 from cowfs.formats.qcow2.layout import (
+    AUTOCLEAR_RAW_DATA,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSED,
     COMPRESSION_TYPES,
@@ -40,6 +41,8 @@ class Qcow2Image(TwoLevelImage):
     """One open qcow2 file."""
 
     format = "qcow2"
+    #: autoclear bits that stay true while this driver writes
+    kept_autoclear = 0
 
     # -- what qcow2 overrides, and why --
     # decode, encode …     what entries mean: copied flag, zero flag, compressed descriptors
@@ -122,11 +125,12 @@ class Qcow2Image(TwoLevelImage):
     # -- space
 
     async def begin_writing(self) -> None:
-        """Clear the autoclear bits: nothing that they vouch for is kept up by this driver."""
-        if self.header.autoclear:
-            self._set_field(88, 8, 0)
+        """Clear the autoclear bits that vouch for what this driver does not keep up."""
+        kept = self.header.autoclear & self.kept_autoclear
+        if self.header.autoclear != kept:
+            self._set_field(88, 8, kept)
             await self.flush()
-            self.header.autoclear = 0
+            self.header.autoclear = kept
 
     async def prepare(self) -> None:
         """Nothing: counts are kept true at every flush."""
@@ -271,6 +275,9 @@ class Qcow2Image(TwoLevelImage):
         if header.version >= 3:
             facts["lazy-refcounts"] = bool(header.compatible & COMPATIBLE_LAZY_REFCOUNTS)
         facts["refcount-bits"] = 1 << header.refcount_order
+        if header.data_file is not None:
+            facts["data-file"] = header.data_file
+            facts["data-file-raw"] = bool(header.autoclear & AUTOCLEAR_RAW_DATA)
         if header.version >= 3:
             facts["corrupt"] = bool(header.incompatible & INCOMPATIBLE_CORRUPT)
             facts["extended-l2"] = False

@@ -32,16 +32,18 @@ INCOMPATIBLE_COMPRESSION = 1 << 3
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 AUTOCLEAR_BITMAPS = 1 << 0
+AUTOCLEAR_RAW_DATA = 1 << 1
 
 #: what this driver can read images with
-KNOWN_INCOMPATIBLE = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION
+KNOWN_INCOMPATIBLE = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_DATA_FILE | INCOMPATIBLE_COMPRESSION
 #: what the format defines and this driver does not do
-UNSUPPORTED = {INCOMPATIBLE_DATA_FILE: "an external data file", INCOMPATIBLE_EXTENDED_L2: "extended L2 entries"}
+UNSUPPORTED = {INCOMPATIBLE_EXTENDED_L2: "extended L2 entries"}
 
 EXTENSION_END = 0
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_FEATURE_NAMES = 0x6803F857
 EXTENSION_BITMAPS = 0x23852875
+EXTENSION_DATA_FILE = 0x44415441
 
 #: bits 9 to 55 of L1 and L2 entries: host offset
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
@@ -84,12 +86,19 @@ class Header:
     length: int = V2_LENGTH
     compression_type: int = 0
     backing: Backing | None = None
+    #: name of the external data file, if there is one
+    data_file: str | None = None
     extensions: list[tuple[int, bytes]] = field(default_factory=list)
 
     @property
     def cluster_size(self) -> int:
         """Bytes."""
         return 1 << self.cluster_bits
+
+    @property
+    def entry_words(self) -> int:
+        """64-bit words of an L2 entry: two with extended L2 entries, the second one a bitmap."""
+        return 2 if self.incompatible & INCOMPATIBLE_EXTENDED_L2 else 1
 
     def pack(self) -> bytes:
         """Return header, extensions and backing file name as they stand at the start of the file."""
@@ -154,6 +163,7 @@ def parse_header(head: bytes, file_length: int) -> Header:
     _check_features(header, head)
     _check_tables(header, file_length)
     _parse_backing(header, head)
+    _parse_data_file(header)
     return header
 
 
@@ -259,3 +269,17 @@ def _parse_backing(header: Header, head: bytes) -> None:
     if "\0" in name:
         raise InvalidImage("has a backing file name with a NUL byte in it")
     header.backing = Backing(name, format.decode("ascii", "replace") or None)
+
+
+def _parse_data_file(header: Header) -> None:
+    """Incompatible bit 2 and its extension ("External data file name"); what they exclude is refused."""
+    if not header.incompatible & INCOMPATIBLE_DATA_FILE:
+        return
+    name = next((data for kind, data in header.extensions if kind == EXTENSION_DATA_FILE), b"")
+    if not name or b"\0" in name:
+        raise InvalidImage("has an external data file without saying what it is called")
+    if header.snapshots:
+        raise InvalidImage("has internal snapshots and an external data file, which exclude each other")
+    if header.autoclear & AUTOCLEAR_RAW_DATA and header.backing is not None:
+        raise InvalidImage("has a backing file and a raw external data file, which exclude each other")
+    header.data_file = name.decode("utf-8", "surrogateescape")

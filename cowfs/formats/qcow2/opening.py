@@ -2,6 +2,7 @@
 
 from cowfs.block.metacache import MetadataCache
 from cowfs.errors import CowfsError
+from cowfs.formats.qcow2.datafile import ExternalDataImage
 from cowfs.formats.qcow2.image import Qcow2Image
 from cowfs.formats.qcow2.layout import MAGIC, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, parse_header
 from cowfs.storage.base import Storage
@@ -20,7 +21,8 @@ async def open_image(storage: Storage) -> Qcow2Image:
         if MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
             head = await storage.read_bytes(0, min(storage.length, 1 << bits))
         header = parse_header(head, storage.length)
-        image = Qcow2Image(storage, header, MetadataCache(storage, "big"))
+        kind = Qcow2Image if header.data_file is None else ExternalDataImage
+        image = kind(storage, header, MetadataCache(storage, "big"))
         await image.load(head)
     except CowfsError as error:
         error.file = error.file or storage.name

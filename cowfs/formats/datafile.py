@@ -1,0 +1,72 @@
+"""Data files: the file beside an image that holds its guest's data, as the image's header names it.
+
+The policy for such names is here and nowhere else. A header is written by whoever made the image, and a data file
+is read, and written, with the rights of whoever opens it. So a header may name a file in the directory of the image
+or below it, with all symbolic links followed, and a regular file only. Relative names are meant from the directory
+of the image, as those of backing files are. Everything else is refused, by name.
+"""
+
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from cowfs.errors import CowfsError, InvalidImage, NotPermitted, Unsupported, UsageError
+from cowfs.storage import Storage, create_storage, open_storage, sync_directory
+
+
+def data_path(image: str, name: str) -> str:
+    """Return the path of the data file that the header of the file ``image`` names.
+
+    Raises `NotPermitted` for a file elsewhere, `InvalidImage` for the image itself, `Unsupported` for odd files.
+    """
+    folder = os.path.dirname(image)  # noqa: PTH120
+    path = os.path.join(folder, name)  # noqa: PTH118
+    real, inside = os.path.realpath(path), os.path.realpath(folder)
+    if not real.startswith(inside.rstrip("/") + "/"):
+        raise NotPermitted(
+            f"its data file '{name}' lies outside of the image's own directory, where a header may not lead", file=image
+        )
+    if real == os.path.realpath(image):
+        raise InvalidImage("names itself as its data file", file=image)
+    if os.path.exists(real) and not stat.S_ISREG(os.stat(real).st_mode):  # noqa: PTH110, PTH116
+        raise Unsupported(f"its data file '{name}' is not a regular file", file=image)
+    return path
+
+
+async def open_data(image: str, path: str, *, writable: bool) -> Storage:
+    """Open what `data_path` has returned. Raises `StorageError`, which names the image too."""
+    try:
+        return await open_storage(path, writable=writable)
+    except CowfsError as error:
+        error.message += f" (data file of {image})"
+        raise
+
+
+def new_data_path(image: str, name: str) -> str:
+    """Return `data_path` for an image that is about to be made; `UsageError` if the data file exists already.
+
+    What exists may be anybody's, the new image's backing file for one; so it is not replaced.
+    """
+    path = data_path(image, name)
+    if os.path.lexists(path):
+        raise UsageError(f"the data file '{name}' exists already, and is not replaced")
+    return path
+
+
+@asynccontextmanager
+async def new_data_file(path: str) -> AsyncIterator[Storage]:
+    """Make the file that `new_data_path` has returned; durable after the context, gone after an error in it."""
+    storage = await create_storage(path, exclusive=True)
+    try:
+        try:
+            yield storage
+            await storage.flush()
+        finally:
+            await storage.close()
+        await trio.to_thread.run_sync(sync_directory, path)
+    except BaseException:
+        os.unlink(path)  # noqa: PTH108
+        raise
