@@ -27,6 +27,23 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_new_size(text: str, current: int) -> int:
+    """Bytes that a size becomes: ``10G``, or by how much it grows or shrinks, ``+1G``, ``-512M``.
+
+    Raises `UsageError`, also if nothing would be left.
+    """
+    number = text.strip()
+    sign = number[:1] if number[:1] in ("+", "-") else ""
+    size = parse_size(number[len(sign) :])
+    if sign:
+        size = current + size if sign == "+" else current - size
+    if size <= 0:
+        raise UsageError("the new size must be more than nothing")
+    if size >= 1 << 63:
+        raise UsageError(f"'{text}' is too large")
+    return size
+
+
 def format_size(size: float) -> str:
     """Return a size as ``qemu-img info`` prints it: ``512 B``, ``1.5 GiB``."""
     units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]

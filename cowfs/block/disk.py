@@ -23,7 +23,7 @@ from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.rangelock import RangeLock
 from cowfs.block.writetracker import WriteTracker
-from cowfs.errors import CowfsError, OutOfRange, ReadOnly, Unsupported
+from cowfs.errors import CowfsError, OutOfRange, ReadOnly, Unsupported, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +307,15 @@ class Disk(Chain):
                 start = layer.size - partial
                 await self.write_layer(depth, start, memoryview(await self.read(start, partial, depth)))
             await layer.grow(size, zeroed_until=min(size, below))
+
+    async def shrink(self, size: int) -> None:
+        """Cut the disk off after ``size`` bytes; what was there is lost, but for what internal snapshots keep."""
+        self._check_write(0, 0)
+        if size > self.size:
+            raise UsageError(f"{size} bytes is more than the disk has")
+        async with self.lock.hold(0, EVERYWHERE):
+            if size < self.size:
+                await self.layers[0].shrink(size)
 
     async def set_layer_writable(self, depth: int, writable: bool) -> None:
         """Open a backing layer for writing, or make it read-only again, flushed."""

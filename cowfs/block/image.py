@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from cowfs.block.check import CheckResult
 from cowfs.block.extent import Extent
 from cowfs.block.metacache import Table
+from cowfs.block.snapshots import InternalSnapshot
 from cowfs.errors import Unsupported
 from cowfs.storage.base import Storage
 
@@ -153,6 +154,10 @@ class Image(ABC):
         """
         raise Unsupported(f"{self.format} images cannot be resized")
 
+    async def shrink(self, size: int) -> None:
+        """Make the disk smaller, durably, and at once as far as a crash can tell; nothing else changes the image."""
+        raise Unsupported(f"{self.format} images cannot be made smaller")
+
     async def set_backing(self, backing: Backing | None) -> None:
         """Change the recorded backing file. Everything before is durable first, the change itself atomic."""
         raise Unsupported(f"{self.format} images have no backing file")
@@ -160,6 +165,28 @@ class Image(ABC):
     async def check(self) -> CheckResult:
         """Look for structural damage and leaks without changing anything."""
         raise Unsupported(f"{self.format} images cannot be checked")
+
+    # -- internal snapshots; nothing else changes the image meanwhile, and each change is made at once and durably
+
+    async def snapshots(self) -> list[InternalSnapshot]:
+        """Those that the image holds, oldest first."""
+        return []
+
+    async def show_snapshot(self, text: str) -> None:
+        """Be, from now on and read-only, the disk as of the snapshot with an id or name. Raises `NotFound`."""
+        raise Unsupported(f"{self.format} images have no internal snapshots")
+
+    async def create_snapshot(self, name: str, date: tuple[int, int]) -> None:
+        """Keep the disk as it is now; ``date`` in seconds since the epoch and nanoseconds."""
+        raise Unsupported(f"{self.format} images have no internal snapshots")
+
+    async def apply_snapshot(self, text: str) -> None:
+        """Make the disk what it was, size included, at the snapshot with an id or name. Raises `NotFound`."""
+        raise Unsupported(f"{self.format} images have no internal snapshots")
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Forget the first snapshot with a name. Raises `NotFound`."""
+        raise Unsupported(f"{self.format} images have no internal snapshots")
 
     def details(self) -> dict[str, Any]:
         """Facts for ``info``: the ``data`` object of ``qemu-img info --output=json`` under ``format-specific``."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cowfs.block.extent import NO_OFFSET, Extent, Kind, merge
 from cowfs.block.image import Backing, Image, Run
-from cowfs.errors import OutOfRange, ReadOnly
+from cowfs.errors import CowfsError, OutOfRange, ReadOnly
 from cowfs.storage.base import Storage
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -185,6 +185,15 @@ class Layer:
         """Make the disk larger; see `Image.grow`."""
         await self.begin()
         await self.image.grow(size, zeroed_until)
+
+    async def shrink(self, size: int) -> None:
+        """Make the disk smaller; nobody else changes it meanwhile."""
+        await self.begin()
+        try:
+            await self.image.shrink(size)
+        except CowfsError as error:
+            error.file = error.file or self.name
+            raise
 
     async def set_backing(self, backing: Backing | None) -> None:
         """Change the recorded backing file."""

@@ -163,6 +163,12 @@ class MetadataCache:
         elif table in self._kept:
             self._kept.remove(table)
 
+    def clear(self) -> None:
+        """Drop every table, kept ones too: the storage was changed by other means. Nothing may be dirty or pinned."""
+        self._kept.clear()
+        self._tables.clear()
+        self._bytes = 0
+
     def _insert(self, table: Table) -> None:
         if (replaced := self._tables.get(table.offset)) is not None:
             self.forget(replaced)

@@ -371,6 +371,14 @@ class TwoLevelImage(Image):
         while self._dropped or self.tables.is_dirty:
             await self.flush()
 
+    async def quiesce(self) -> None:
+        """Bring everything to disk, and free all that was let go of; the caller keeps others from changing it."""
+        await self.settle()
+        while self._freeing:
+            await self.readers.gone()
+            await self.flush()
+            await self.settle()
+
     async def _free_ready(self) -> None:
         waiting = [item for item in self._freeing if not item[1].passed]
         ready = [reference for reference, mark in self._freeing if mark.passed]

@@ -8,6 +8,8 @@ import trio
 
 from cowfs.block.image import Image
 from cowfs.cli.options import file_argument, format_option, output_options
+from cowfs.cli.snapshot_table import facts as snapshot_facts
+from cowfs.cli.snapshot_table import table
 from cowfs.errors import Unsupported
 from cowfs.formats.chain import backing_source, open_chain, open_image
 from cowfs.units import format_size
@@ -38,7 +40,7 @@ def command(file: str, format: str | None, backing_chain: bool, output: str) -> 
 async def _image_facts(file: str, format: str | None) -> list[dict[str, Any]]:
     image = await open_image(file, format)
     try:
-        return [_facts(image)]
+        return [await _facts(image)]
     finally:
         await image.close()
 
@@ -46,16 +48,18 @@ async def _image_facts(file: str, format: str | None) -> list[dict[str, Any]]:
 async def _chain_facts(file: str, format: str | None) -> list[dict[str, Any]]:
     layers = await open_chain(file, format)
     try:
-        return [_facts(layer.image) for layer in layers]
+        return [await _facts(layer.image) for layer in layers]
     finally:
         for layer in layers:
             await layer.close()
 
 
-def _facts(image: Image) -> dict[str, Any]:
+async def _facts(image: Image) -> dict[str, Any]:
     """Return what ``qemu-img info --output=json`` says of one image."""
     name = image.storage.name
-    facts: dict[str, Any] = {"virtual-size": image.size, "filename": name}
+    snapshots = await image.snapshots()
+    facts: dict[str, Any] = {"snapshots": snapshot_facts(snapshots)} if snapshots else {}
+    facts |= {"virtual-size": image.size, "filename": name}
     if image.cluster_size > 1:
         facts["cluster-size"] = image.cluster_size
     facts["format"] = image.format
@@ -97,6 +101,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"backing file: {name}" + (f" (actual path: {full})" if full != name else ""))
     if "backing-filename-format" in facts:
         lines.append(f"backing file format: {facts['backing-filename-format']}")
+    lines += table(facts.get("snapshots", []))
     if "format-specific" in facts:
         lines.append("Format specific information:")
         lines += _detail_lines(facts["format-specific"]["data"], 1)

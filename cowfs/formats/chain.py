@@ -101,16 +101,31 @@ async def open_disk(
     copy_on_read: bool = True,
     flush_interval: float = FLUSH_INTERVAL,
     vet: Vet | None = None,
+    snapshot: str | None = None,
 ) -> Disk:
-    """Open a chain as a disk. ``writable`` demands that the active layer can be written; see `open_chain`."""
+    """Open a chain as a disk. ``writable`` demands that the active layer can be written; see `open_chain`.
+
+    ``snapshot``, an id or name, asks for the disk as of that internal snapshot of the first image, which can only
+    be read. Raises `NotFound` if there is none.
+    """
     layers = await open_chain(name, format, writable=writable, vet=vet)
     try:
+        if snapshot is not None:
+            await _show_snapshot(layers[0].image, snapshot)
         if writable:
             layers[0].require_writable()
         return Disk(layers, copy_on_read=copy_on_read, flush_interval=flush_interval)
     except BaseException:
         for layer in layers:
             await layer.image.close_storages()
+        raise
+
+
+async def _show_snapshot(image: Image, snapshot: str) -> None:
+    try:
+        await image.show_snapshot(snapshot)
+    except CowfsError as error:
+        error.file = error.file or image.storage.name
         raise
 
 

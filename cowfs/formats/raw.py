@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.image import Backing, Image
-from cowfs.errors import NotPermitted, UsageError
+from cowfs.errors import NotPermitted, Unsupported, UsageError
 from cowfs.formats.options import parse_choice, refuse_unknown
 from cowfs.storage.base import Storage
 
@@ -52,6 +52,14 @@ class RawImage(Image):
         """Lengthen the file; nothing can be below it."""
         await self.storage.truncate(size)
         await self.storage.flush()
+        self.size = size
+
+    async def shrink(self, size: int) -> None:
+        """Cut the file off."""
+        await self.storage.truncate(size)
+        await self.storage.flush()
+        if self.storage.length != size:
+            raise Unsupported("a block device keeps its size", file=self.storage.name)
         self.size = size
 
 

@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,12 @@ class Served:
         self.error = ""
         #: anything that the control files show, but for counters and progress
         self.changes = Changes()
+        #: sets the size of the flat file from outside, as truncate(2) does, so that the kernel knows of it
+        self.truncate: Callable[[int], Awaitable[None]] = self.resize
+        #: bytes; the only smaller size that a truncate(2) may give the disk: somebody has asked for it by name
+        self.may_shrink_to: int | None = None
+        #: what kept the last `resize` from being made
+        self.resize_error: CowfsError | None = None
         #: flat views that are open
         self.open_files = 0
         self._copy_on_read = disk.copy_on_read
@@ -82,6 +88,26 @@ class Served:
         active = self.jobs.active
         self.disk.copy_on_read = self._copy_on_read or (active is not None and active.verb == "stream")
         self.changes.happened()
+
+    async def resize(self, size: int) -> None:
+        """Make the disk larger; or smaller, if that was asked for by name and no job goes on."""
+        self.resize_error = None
+        try:
+            await self._resize(size)
+        except CowfsError as error:
+            self.resize_error = error
+            raise
+        self.changes.happened()
+
+    async def _resize(self, size: int) -> None:
+        if size > self.disk.size:
+            await self.disk.grow(size)
+        elif size < self.disk.size:
+            if size != self.may_shrink_to:
+                raise NotPermitted(f"disks can only grow, not shrink from {self.disk.size} bytes", file=self.file)
+            if self._running and (job := self.jobs.active) is not None:
+                raise Busy(f"a {job.verb} job is {job.state.value}; the disk cannot shrink meanwhile", file=self.file)
+            await self.disk.shrink(size)
 
     async def run(
         self, neighbours: Callable[[], list[Neighbour]], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -120,6 +146,8 @@ class Mount:
         self.device: int | None = None
         #: called with an image that is taken out, before it is closed
         self.on_remove: Callable[[Served], None] = lambda served: None
+        #: sets the size of a flat file; see `Served.truncate`
+        self.truncate: Callable[[Served, int], Awaitable[None]] = Served.resize
         self._taken = RESERVED | reserved
         self._nursery: trio.Nursery | None = None
         self._changing = trio.Lock()
@@ -160,14 +188,16 @@ class Mount:
         if name in self.images:
             other = self.images[name].file
             raise UsageError(f"there is a disk '{name}' already ({other}); say which NAME this one has: NAME={path}")
-        writable = not (self.settings.read_only or source.read_only)
+        writable = not (self.settings.read_only or source.read_only or self.settings.snapshot is not None)
         disk = await self._open_disk(path, source.format or self.settings.format, writable)
         try:
             self._refuse_sharing(disk)
         except BaseException:
             await disk.close()
             raise
-        return Served(name, disk)
+        served = Served(name, disk)
+        served.truncate = lambda size: self.truncate(served, size)
+        return served
 
     async def _open_disk(self, path: str, format: str | None, writable: bool) -> Disk:
         try:
@@ -178,6 +208,7 @@ class Mount:
                 copy_on_read=self.settings.copy_on_read,
                 flush_interval=self.settings.flush_interval,
                 vet=self._refuse_inside,
+                snapshot=self.settings.snapshot,
             )
         except CowfsError as error:
             if writable and error.errno in _NOT_WRITABLE and error.file == path:

@@ -103,11 +103,8 @@ class Operations(pyfuse3.Operations):
 
     async def _resize(self, node: Node, size: int) -> None:
         if isinstance(node, FlatFile):
-            disk = node.served.disk
-            if size < disk.size:
-                raise NotPermitted(f"disks can only grow, not shrink from {disk.size} bytes", file=node.served.file)
-            if size > disk.size:
-                await disk.grow(size)
+            if size != node.served.disk.size:
+                await node.served.resize(size)
         elif not isinstance(node, ControlNode) or size:
             raise NotPermitted("its size cannot be changed")
 

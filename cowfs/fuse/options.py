@@ -23,6 +23,7 @@ class Settings:
     copy_on_read: bool = True
     writeback_cache: bool = True
     format: str | None = None
+    snapshot: str | None = None
     flush_interval: float = FLUSH_INTERVAL
     log: str | None = None
     #: flags of mount(2) by their names, passed on as they are
@@ -57,6 +58,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "gid": ("gid", _number, "group of all files, as a number; default: that of who mounts"),
     "mode": ("mode", _mode, "permission bits of the flat files, in octal; default 600"),
     "format": ("format", lambda text: format_named(text).name, "format of the images; default: told from the file"),
+    "snapshot": ("snapshot", str, "internal snapshot, by id or name, that the images are shown as of, read-only"),
     "flush-interval": ("flush_interval", _interval, "seconds between flushes where no fsync comes; default 5"),
     "log": ("log", lambda text: str(Path(text).absolute()), "file for messages of the server; default: syslog"),
 }

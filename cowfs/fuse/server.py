@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyfuse3
 import trio
 
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, StorageError
 from cowfs.fuse import kernel
 from cowfs.fuse.control import MOUNT_FILES
 from cowfs.fuse.images import Mount, Served, Source
@@ -108,6 +108,7 @@ class _Server:
         self._overruns = trio.Event()
         operations.on_overrun = self._note_overrun
         mount.on_remove = self._forget
+        mount.truncate = self._truncate
 
     async def run(self) -> int:
         """Serve; the exit code."""
@@ -177,6 +178,15 @@ class _Server:
             while self._overrun:
                 served = self._overrun.pop().served
                 await self._ask_kernel(kernel.correct_size, served.name, served.disk.size)
+
+    async def _truncate(self, served: Served, size: int) -> None:
+        """Set the size of a flat file through the kernel, which asks us to do it, and then knows it."""
+        try:
+            await trio.to_thread.run_sync(kernel.correct_size, self._mount.mount_point, served.name, size)
+        except OSError as error:
+            if served.resize_error is not None:
+                raise served.resize_error from error
+            raise StorageError.from_os(error, file=served.file, doing="cannot resize") from error
 
     def _forget(self, served: Served) -> None:
         """Make an image's names vanish from the kernel's memory too."""

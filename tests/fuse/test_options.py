@@ -14,7 +14,7 @@ def test_nothing_given_gives_the_defaults() -> None:
 
 def test_all_at_once() -> None:
     words = "ro,allow_other,uid=7,gid=8,mode=0640,no-copy-on-read,format=raw,flush-interval=0.5,log=/tmp/l,noatime"
-    assert parse_options([words]) == Settings(
+    assert parse_options([words, "snapshot=a b"]) == Settings(
         read_only=True,
         allow_other=True,
         uid=7,
@@ -22,6 +22,7 @@ def test_all_at_once() -> None:
         mode=0o640,
         copy_on_read=False,
         format="raw",
+        snapshot="a b",
         flush_interval=0.5,
         log="/tmp/l",
         flags=frozenset({"noatime"}),

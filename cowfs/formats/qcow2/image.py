@@ -10,9 +10,10 @@ from cowfs.block.check import CheckResult
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.image import Backing
 from cowfs.block.metacache import Level, MetadataCache, Table
+from cowfs.block.snapshots import InternalSnapshot
 from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, Unsupported
-from cowfs.formats.qcow2 import compressed
+from cowfs.formats.qcow2 import changes, compressed
 from cowfs.formats.qcow2.check import check
 from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
 from cowfs.formats.qcow2.layout import (
@@ -31,6 +32,7 @@ from cowfs.formats.qcow2.layout import (
     parse_header,
 )
 from cowfs.formats.qcow2.refcounts import Refcounts
+from cowfs.formats.qcow2.snapshots import find_snapshot, read_snapshots
 from cowfs.storage.base import Storage
 
 #: bytes of unpacked clusters that one image remembers
@@ -69,6 +71,8 @@ class Qcow2Image(TwoLevelImage):
             self.unwritable = "was not closed cleanly and can only be read; repair it with 'qemu-img check -r all'"
         self._has_zero_flag = header.version >= 3
         self._unpacked: OrderedDict[int, bytes] = OrderedDict()
+        #: whether the backing file is being changed in the header, or that has failed
+        self._rewriting = False
 
     async def load(self, head: bytes) -> None:
         """Bring the tables that stay in memory in: first sector, L1, refcount table."""
@@ -81,6 +85,12 @@ class Qcow2Image(TwoLevelImage):
         entries = await tables.read(header.refcount_table_offset, size, "Q", "refcount table")
         counts = tables.keep(Table(header.refcount_table_offset, entries, Level.COUNTS_LINK, fresh=False))
         self.refcounts = Refcounts(header, self.storage, tables, counts, self.sector, self._drop_area)
+
+    async def reload(self) -> None:
+        """Forget all tables and read anew what stays in memory: they were changed in the file."""
+        self.tables.clear()
+        self._unpacked.clear()
+        await self.load(await self.storage.read_bytes(0, SECTOR))
 
     # -- entries
 
@@ -209,13 +219,19 @@ class Qcow2Image(TwoLevelImage):
         Raises `UsageError` for what no header records, `Unsupported` if this one has no room for it.
         """
         await self.flush()
-        head = await self.storage.read_bytes(0, min(self.cluster_size, self.storage.length))
-        steps = plan(parse_header(head, self.storage.length), backing)
+        header = self.header
+        if self._rewriting:
+            # the last change failed on its way, in one of several states that mean the same
+            head = await self.storage.read_bytes(0, min(self.cluster_size, self.storage.length))
+            header = parse_header(head, self.storage.length)
+        steps = plan(header, backing)
+        self._rewriting = True
         for state in steps.states:
             await write_rest(self.storage, state)
             await self._switch(state)
         self.header.backing_offset, self.header.backing_length = state.name_offset, state.name_length
         self.header.extensions = steps.extensions
+        self._rewriting = False
         self.backing = self.header.backing = backing
         for offset, length in steps.stale:
             # zeroed by the next flush, so that old names do not stay behind
@@ -237,7 +253,14 @@ class Qcow2Image(TwoLevelImage):
 
     async def grow_l1(self, size: int) -> None:
         """Move L1 to a larger place if it needs one; the header then points there at once."""
-        wanted = -(-size >> self.cluster_bits + self.table_bits)
+        if self.header.version < 3 and self.header.snapshots:
+            raise Unsupported("the disk of a version 2 image that has snapshots cannot be resized")
+        span_bits = self.cluster_bits + self.table_bits
+        first = -(-self.size >> span_bits)
+        if any(self.l1.entries[first:]):
+            # state of a virtual machine, left by a snapshot that QEMU applied, must not become part of the disk
+            await self.deallocate(first << span_bits, len(self.l1.entries) - first << span_bits)
+        wanted = -(-size >> span_bits)
         if wanted <= len(self.l1.entries):
             return
         if wanted * 8 > MAX_L1_BYTES:
@@ -260,6 +283,50 @@ class Qcow2Image(TwoLevelImage):
         self._set_field(24, 8, size)
         await self.flush()
         self.header.size = size
+
+    async def shrink(self, size: int) -> None:
+        """See `changes.shrink`."""
+        await changes.shrink(self, size)
+
+    async def adopt(self, header: Header) -> None:
+        """Take over a header, and all metadata, that were changed in the file; nothing is dirty."""
+        self.header = header
+        self.size = header.size
+        await self.reload()
+
+    # -- internal snapshots
+
+    async def snapshots(self) -> list[InternalSnapshot]:
+        """In the order of the table."""
+        found, _ = await read_snapshots(self.storage, self.header)
+        return [snapshot.describe(self.header.size) for snapshot in found]
+
+    async def show_snapshot(self, text: str) -> None:
+        """Map by the L1 table of a snapshot."""
+        found, _ = await read_snapshots(self.storage, self.header)
+        snapshot = found[find_snapshot(found, text, by_id=True)]
+        size = snapshot.describe(self.header.size).disk_size
+        if snapshot.l1_offset & (self.cluster_size - 1):
+            raise CorruptImage(f"the L1 table of the snapshot '{text}' is not aligned to a cluster")
+        entries = await self.tables.read(snapshot.l1_offset, snapshot.l1_entries * 8, "Q", "L1 table of a snapshot")
+        if len(entries) < -(-size >> self.cluster_bits + self.table_bits):
+            raise CorruptImage(f"the L1 table of the snapshot '{text}' is too small for its disk")
+        self.unwritable = f"shows the internal snapshot '{text}', which can only be read"
+        self.tables.forget(self.l1)
+        self.l1 = self.tables.keep(Table(snapshot.l1_offset, entries, Level.LINK, fresh=False))
+        self.size = size
+
+    async def create_snapshot(self, name: str, date: tuple[int, int]) -> None:
+        """See `changes.create_snapshot`."""
+        await changes.create_snapshot(self, name, date)
+
+    async def apply_snapshot(self, text: str) -> None:
+        """See `changes.apply_snapshot`."""
+        await changes.apply_snapshot(self, text)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """See `changes.delete_snapshot`."""
+        await changes.delete_snapshot(self, name)
 
     # -- the image as a whole
 
