@@ -20,6 +20,7 @@ from cowfs.block.image import Backing
 from cowfs.errors import OutOfRange, ReadOnly
 from cowfs.formats.chain import open_disk, open_image
 from cowfs.formats.registry import format_named
+from cowfs.jobs.commit import Commit
 from cowfs.storage import FileStorage
 
 
@@ -36,6 +37,8 @@ FORMATS = {
     "qcow2": Make("qcow2"),
     "qcow2-512": Make("qcow2", {"cluster_size": "512", "refcount_bits": "1"}),
     "qcow2-v2": Make("qcow2", {"cluster_size": "4k", "compat": "0.10"}),
+    "qcow2-ext": Make("qcow2", {"extended_l2": "on"}),
+    "qcow2-ext-16k": Make("qcow2", {"extended_l2": "on", "cluster_size": "16k"}),
     "qcow2-data": Make("qcow2", {"cluster_size": "4k", "data_file": "data"}),
     "qed": Make("qed"),
     "qed-4k": Make("qed", {"cluster_size": "4k", "table_size": "2"}),
@@ -376,3 +379,29 @@ def test_random_operations_against_a_byte_array(
 
     trio.run(main)
     stack.judge()
+
+
+@pytest.mark.parametrize("format", ["qcow2", "qed"])
+async def test_growing_shows_nothing_of_what_lay_behind_the_end(tmp_path: Path, format: str) -> None:
+    """QEMU copies whole clusters of a longer backing file, also what the disk has no use for."""
+    size = (2 << 20) + 32_768
+
+    def run(*words: str) -> None:
+        subprocess.run(words, check=True, capture_output=True, cwd=tmp_path)
+
+    (tmp_path / "base").write_bytes(b"\xaa" * (4 << 20))
+    run("qemu-img", "create", "-q", "-f", format, "-b", "base", "-F", "raw", "middle", str(size))
+    run("qemu-io", "-f", format, "-c", "write -P 0xbb 2M 4k", "middle")
+    run("qemu-img", "create", "-q", "-f", format, "-b", "middle", "-F", format, "top", "3M")
+    expected = b"\xaa" * (2 << 20) + b"\xbb" * 4096 + b"\xaa" * 28_672 + bytes((1 << 20) - 32_768)
+    disk = await open_disk(str(tmp_path / "top"), writable=True)
+    assert await disk.read(0, disk.size) == expected
+    await Commit(disk).run()
+    assert await disk.read(0, disk.size) == expected
+    await disk.close()
+    disk = await open_disk(str(tmp_path / "middle"), writable=True)
+    assert await disk.read(0, disk.size) == expected
+    await disk.close()
+    run("qemu-img", "convert", "-O", "raw", "middle", "flat")
+    assert (tmp_path / "flat").read_bytes() == expected
+    run("qemu-img", "check", "middle")

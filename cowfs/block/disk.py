@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import trio
 
-from cowfs.block.alignment import align_up, split
+from cowfs.block.alignment import align_down, align_up, split
 from cowfs.block.chain import Chain, Piece
 from cowfs.block.copyonread import Populator
 from cowfs.block.extent import Extent, Kind
@@ -179,12 +179,12 @@ class Disk(Chain):
         Takes the same lock as a write, and looks at the state under it: what the guest has written meanwhile
         stays. Clusters that read as zeros are left alone.
         """
-        start, end, _, _ = split(offset, length, self.cluster_size)
+        start, end, _, _ = split(offset, length, self.unit)
         end = min(end, self.size)
         if start >= end or len(self.layers) == 1:
             return 0
         copied = 0
-        async with self.lock.hold(start, align_up(end, self.cluster_size)):
+        async with self.lock.hold(align_down(start, self.cluster_size), align_up(end, self.cluster_size)):
             if len(self.layers) == 1:
                 return 0
             for extent in await self.layers[0].map(start, end - start):
@@ -196,12 +196,12 @@ class Disk(Chain):
         return copied
 
     async def _data_below(self, extent: Extent) -> list[tuple[int, int]]:
-        """Whole clusters in an extent for which any layer below holds data: [start, end), cut at the disk's end."""
+        """Whole units in an extent for which any layer below holds data: [start, end), cut at the disk's end."""
         areas: list[tuple[int, int]] = []
         for piece in await self.resolve(extent.offset, extent.length, 1, holes=True):
             if piece.extent.kind in (Kind.ZERO, Kind.UNALLOCATED):
                 continue
-            start, end, _, _ = split(piece.extent.offset, piece.extent.length, self.cluster_size)
+            start, end, _, _ = split(piece.extent.offset, piece.extent.length, self.unit)
             if areas and start <= areas[-1][1]:
                 start = areas.pop()[0]
             areas.append((start, min(end, self.size)))
@@ -209,7 +209,7 @@ class Disk(Chain):
 
     async def _copy_clusters_up(self, start: int, end: int) -> None:
         data = await self.read(start, end - start, 1)
-        padding = -len(data) % self.cluster_size
+        padding = -len(data) % self.unit
         self._changed = True
         await self.layers[0].write_clusters(start, [data, bytes(padding)] if padding else [data])
 
@@ -301,12 +301,27 @@ class Disk(Chain):
             raise Unsupported("disks can only grow, not shrink", file=layer.name)
         async with self.lock.hold(0, EVERYWHERE):
             below = self.layers[depth + 1].size if depth + 1 < len(self.layers) else 0
-            partial = layer.size % layer.cluster_size
-            if below > layer.size and partial:
-                # the rest of the last cluster becomes visible, and must not show the backing file
-                start = layer.size - partial
-                await self.write_layer(depth, start, memoryview(await self.read(start, partial, depth)))
-            await layer.grow(size, zeroed_until=min(size, below))
+            await self._zero_tail(depth, shows_below=below > layer.size)
+            with trio.CancelScope(shield=True):
+                await layer.grow(size, zeroed_until=min(size, below))
+
+    async def _zero_tail(self, depth: int, *, shows_below: bool) -> None:
+        """Zero what the last cluster has behind the end of the disk: growing makes it visible.
+
+        Whoever wrote the image may have copied a longer backing file there, or have cut the disk off.
+        """
+        layer = self.layers[depth]
+        partial = layer.size % layer.unit
+        if not partial or not layer.image.writes_past_end:
+            return
+        start = layer.size - partial
+        last = (await layer.map(start, partial))[-1]
+        if last.kind is Kind.DATA:
+            await layer.begin()
+            await layer.data_storage.write(last.host_offset + last.length, [bytes(layer.unit - partial)])
+        elif last.kind in (Kind.SHARED, Kind.COMPRESSED) or (last.kind is Kind.UNALLOCATED and shows_below):
+            # written anew, it gets zeros there
+            await self.write_layer(depth, start, memoryview(await self.read(start, partial, depth)))
 
     async def shrink(self, size: int) -> None:
         """Cut the disk off after ``size`` bytes; what was there is lost, but for what internal snapshots keep."""
@@ -328,11 +343,14 @@ class Disk(Chain):
         """
         await self.flush()
         async with self.lock.hold(0, EVERYWHERE):
-            await self.layers[0].set_backing(None)
-            below, self.layers = self.layers[1:], self.layers[:1]
-        await self.readers.gone()
-        for layer in below:
-            await layer.close()
+            # from here on there is no way back: memory and disk must agree on what the chain is
+            with trio.CancelScope(shield=True):
+                await self.layers[0].set_backing(None)
+                below, self.layers = self.layers[1:], self.layers[:1]
+        with trio.CancelScope(shield=True):
+            await self.readers.gone()
+            for layer in below:
+                await layer.close()
 
     async def compact(self) -> None:
         """Give back host space of the active layer that holds nothing; guests wait meanwhile."""
@@ -345,7 +363,7 @@ class Disk(Chain):
         if self.read_only:
             task_status.started()
             return
-        self._populator = Populator(self.cluster_size, self.copy_up, self._count_copy_on_read_error)
+        self._populator = Populator(self.unit, self.copy_up, self._count_copy_on_read_error)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._populator.run)

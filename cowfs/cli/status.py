@@ -1,6 +1,7 @@
 """``cowfs status``: show what is mounted."""
 
 import json
+import os
 from typing import Any
 
 import click
@@ -25,9 +26,11 @@ def command(mount_point: str | None, output: str) -> None:
     """
     points = mount_points()
     if mount_point is not None:
-        if resolve(mount_point) not in points:
+        # the name as given first: looking behind it asks the file system that may lie there
+        where = resolve(mount_point)
+        if where not in points and (where := os.path.realpath(mount_point)) not in points:
             raise UsageError("is not the mount point of a cowfs mount", file=mount_point)
-        points = [resolve(mount_point)]
+        points = [where]
     mounts = [_facts(point, must_answer=mount_point is not None) for point in dict.fromkeys(points)]
     if output == "json":
         click.echo(json.dumps(mounts if mount_point is None else mounts[0], indent=4))

@@ -1,5 +1,6 @@
 """``cowfs umount``: flush and take a mount away."""
 
+import errno
 import os
 import select
 from contextlib import ExitStack
@@ -55,7 +56,13 @@ def _open_process(pid: int) -> int | None:
 def _flush(mount_point: str, names: list[str]) -> None:
     for name in names:
         try:
-            flush_pages(mount_point, name)
+            try:
+                flush_pages(mount_point, name)
+            except OSError as error:
+                if error.errno != errno.EFBIG:
+                    raise
+                # somebody wrote beyond the end of the disk; the kernel tells of it once, and it is no part of the disk
+                flush_pages(mount_point, name)
         except OSError as error:
             raise StorageError.from_os(
                 error, file=f"{mount_point}/{name}", doing="cannot flush, so it stays mounted"

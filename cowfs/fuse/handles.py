@@ -12,6 +12,8 @@ from cowfs.fuse.tree import ControlNode, FlatFile, LayerFile, Node
 READY = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 #: added when a control file has changed since it was read, as on sysfs
 CHANGED = select.POLLERR | select.POLLPRI
+#: bytes of a command; no path is longer
+MAX_COMMAND = 8192
 
 
 class Handle:
@@ -95,6 +97,7 @@ class ControlHandle(Handle):
 
     async def read(self, offset: int, size: int) -> bytes:
         """Read the snapshot; from offset 0, a new one."""
+        self._require_presence()
         if offset == 0 or self._text is None:
             self._seen = self._file.changes(self._subject).count
             text: str = await self._file.render(self._subject)
@@ -103,8 +106,11 @@ class ControlHandle(Handle):
 
     async def write(self, offset: int, data: bytes) -> None:
         """Obey one command."""
+        self._require_presence()
         if self._file.command is None:
             raise NotPermitted(f"{self._file.name} takes no commands")
+        if len(data) > MAX_COMMAND:
+            raise UsageError(f"a command has at most {MAX_COMMAND} bytes")
         text = data.decode(errors="surrogateescape").strip()
         if "\n" in text:
             raise UsageError("one command a write, on one line")
@@ -112,6 +118,10 @@ class ControlHandle(Handle):
         if self._subject.error:
             self._subject.error = ""
             self._subject.changes.happened()
+
+    def _require_presence(self) -> None:
+        if self.node.served is not None and self.node.served.is_removed:
+            raise NotFound(f"the disk '{self.node.served.name}' is no longer part of the mount")
 
     def poll(self, waiter: pyfuse3.PollHandle | None) -> int:
         """Changed since it was read last, or never read: an event, as on sysfs."""

@@ -69,6 +69,8 @@ class Served:
         self.resize_error: CowfsError | None = None
         #: flat views that are open
         self.open_files = 0
+        #: whether it was taken out of the mount
+        self.is_removed = False
         self._copy_on_read = disk.copy_on_read
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -211,7 +213,7 @@ class Mount:
                 snapshot=self.settings.snapshot,
             )
         except CowfsError as error:
-            if writable and error.errno in _NOT_WRITABLE and error.file == path:
+            if writable and error.errno in _NOT_WRITABLE and error.file == path and not isinstance(error, NotPermitted):
                 error.message += "; it may be mounted read-only, with -o ro"
             raise
 
@@ -253,6 +255,7 @@ class Mount:
             if served.open_files:
                 raise Busy(f"'{name}' is open")
             del self.images[name]
+            served.is_removed = True
             self.on_remove(served)
             await served.stop()
         self.changes.happened()

@@ -155,6 +155,8 @@ class Operations(pyfuse3.Operations):
         if isinstance(node, FlatFile):
             if writable and node.served.disk.read_only:
                 raise ReadOnly("is open read-only", file=node.served.file)
+            if flags & os.O_TRUNC:
+                raise NotPermitted("a disk cannot be emptied by opening it (O_TRUNC)", file=node.served.file)
         elif isinstance(node, Directory):
             raise FUSEError(errno.EISDIR)
         elif writable and (isinstance(node, LayerFile) or (isinstance(node, ControlNode) and not node.file.command)):

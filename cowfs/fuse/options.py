@@ -31,8 +31,9 @@ class Settings:
 
 
 def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise ValueError("is not a number")
+    # 2^32 - 1 is no id: system calls take it for "leave it as it is"
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < (1 << 32) - 1):
+        raise ValueError(f"is not a number from 0 to {(1 << 32) - 2}")
     return int(text)
 
 

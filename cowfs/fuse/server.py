@@ -104,6 +104,7 @@ class _Server:
         self._mount = mount
         self._tree = operations.tree
         self._ready = ready
+        self._announced = False
         self._overrun: set[FlatFile] = set()
         self._overruns = trio.Event()
         operations.on_overrun = self._note_overrun
@@ -127,7 +128,7 @@ class _Server:
                 crashed = True
             sound = await self._mount.close()
             # after a crash the mount stays behind, visibly broken, rather than an empty directory
-            pyfuse3.close(unmount=not crashed)
+            pyfuse3.close(unmount=not (crashed and self._announced))
         return 0 if sound and not crashed else 1
 
     async def _announce(self) -> None:
@@ -136,6 +137,7 @@ class _Server:
         await trio.to_thread.run_sync(os.statvfs, where)
         self._mount.device = (await trio.to_thread.run_sync(os.stat, where)).st_dev
         await trio.to_thread.run_sync(kernel.tune, where)
+        self._announced = True
         log.info("%s: serving %s", where, ", ".join(self._mount.images) or "no images")
         try:
             self._ready()

@@ -19,6 +19,8 @@ from cowfs.jobs.job import Job
 STEP = 1 << 20
 #: bytes copied before the base is flushed and the copies are dropped above
 BATCH = 64 << 20
+#: bytes; formats have disks of whole sectors only
+SECTOR = 512
 #: bytes of the disk whose mapping is looked up at once
 WINDOW = 256 << 20
 
@@ -67,7 +69,7 @@ class Commit(Job):
         """The base must be as large as the disk; a larger one stays as it is."""
         self.length = self.disk.size
         if self.disk.layers[1].size < self.length:
-            await self.disk.grow_layer(1, self.length)
+            await self.disk.grow_layer(1, align_up(self.length, SECTOR))
 
     async def _held(self, start: int, end: int) -> list[Area]:
         """Steps of a range in which the active layer holds anything: [start, end), aligned to steps."""

@@ -1,6 +1,7 @@
 """What must not happen when things happen at once. Every order is forced; nothing sleeps."""
 
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -263,3 +264,43 @@ async def test_freed_space_is_not_reused_under_a_reader(format: str) -> None:
                 await s.disk.write(number * CLUSTER, b"b" * CLUSTER)
             gate.open()
         assert bytes(seen) == b"a" * 4096
+
+
+@pytest.mark.parametrize("flush", range(4))
+async def test_cancelling_a_stream_at_its_end_leaves_memory_and_header_agreed(format: str, flush: int) -> None:
+    async with stack(format) as s:
+        s.base.cold = False
+        job = Stream(s.disk)
+        async with trio.open_nursery() as nursery:
+            gates = [Gate() for _ in range(flush + 1)]
+            s.top.gates["flush"] = gates[0]
+            nursery.start_soon(job.run)
+            for gate, following in itertools.pairwise(gates):
+                await _arrived_or_over(gate, job)
+                s.top.gates["flush"] = following
+                gate.open()
+            await _arrived_or_over(gates[-1], job)
+            if job.state is State.RUNNING:
+                job.cancel()
+                await wait_all_tasks_blocked()
+            s.top.gates.clear()
+            for gate in gates:
+                gate.open()
+        await s.verify()
+        await s.disk.flush()
+        again = await {"qcow2": qcow2, "qed": qed}[format].open_image(
+            MemoryStorage("again", bytes(s.top.content), read_only=True)
+        )
+        assert (again.backing is None) == (len(s.disk.layers) == 1)
+        assert again.backing == s.disk.layers[0].backing
+
+
+async def _arrived_or_over(gate: Gate, job: Stream) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def watch(wait: Callable[[], Awaitable[None]]) -> None:
+            await wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch, gate.arrived.wait)
+        nursery.start_soon(watch, job.wait)

@@ -1,13 +1,13 @@
 """``chain``: the layers of one image."""
 
-from cowfs.fuse.control.file import ControlFile
+from cowfs.fuse.control.file import ControlFile, one_line
 from cowfs.fuse.images import Served
 
 
 async def render(served: Served) -> str:
     """Return a line for each layer, active layer first; size of its disk in bytes."""
     return "".join(
-        f"{index} {layer.format} {layer.size} {layer.name}\n" for index, layer in enumerate(served.disk.layers)
+        f"{index} {layer.format} {layer.size} {one_line(layer.name)}\n" for index, layer in enumerate(served.disk.layers)
     )
 
 

@@ -43,4 +43,9 @@ def _text(value: object) -> str:
         return ""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return str(value)
+    return one_line(str(value))
+
+
+def one_line(text: str) -> str:
+    """Return a text that cannot be taken for more than one line: control characters in octal, as in /proc/mounts."""
+    return "".join(f"\\{ord(letter):03o}" if letter < " " or letter == "\x7f" else letter for letter in text)

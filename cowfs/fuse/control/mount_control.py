@@ -3,7 +3,7 @@
 import trio
 
 from cowfs.errors import UsageError
-from cowfs.fuse.control.file import ControlFile
+from cowfs.fuse.control.file import ControlFile, one_line
 from cowfs.fuse.images import Mount, Source
 
 VERBS = {
@@ -14,7 +14,7 @@ VERBS = {
 
 async def render(mount: Mount) -> str:
     """Return a line for each image: its name, and the file of its active layer."""
-    return "".join(f"{served.name} {served.file}\n" for served in mount.images.values())
+    return "".join(f"{served.name} {one_line(served.file)}\n" for served in mount.images.values())
 
 
 async def command(mount: Mount, text: str) -> None:
