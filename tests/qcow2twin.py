@@ -99,9 +99,10 @@ class Twin:
             assert await disk.read(0, self.size) == self.model
             expected = json.loads(qemu("qemu-img", "map", "--output=json", "top", cwd=self.folder))
             disk.layers[0].image.block_status = disk.layers[0].image.map  # type: ignore[method-assign]
-            assert _places(await map_entries(disk), self.size) == _places(
-                [MapEntry(**{"offset": None, **entry}) for entry in expected], self.size
-            )
+            places = _places(await map_entries(disk), self.size)
+            wanted = _places([MapEntry(**{"offset": None, **entry}) for entry in expected], self.size)
+            differing = [both for both in enumerate(zip(places, wanted, strict=True)) if both[1][0] != both[1][1]]
+            assert not differing, differing[:4]
         finally:
             await disk.close()
 
@@ -111,8 +112,9 @@ def _places(entries: list[MapEntry], size: int) -> list[tuple[object, ...]]:
     places: list[tuple[object, ...]] = []
     for entry in entries:
         for start in range(entry.start, entry.start + entry.length, 512):
-            offset = None if entry.offset is None else entry.offset + start - entry.start
-            facts = (entry.depth, entry.present, entry.zero, entry.data, offset)
+            # QEMU looks for holes where tables were made in advance, and tells places that hold nothing yet
+            offset = None if entry.offset is None or not entry.present else entry.offset + start - entry.start
+            facts = (entry.depth, entry.present, entry.zero and not entry.data, entry.data, offset)
             places.append(facts if entry.depth == 0 else (entry.depth,))
     assert len(places) == -(-size // 512)
     return places

@@ -29,6 +29,7 @@ SIZE = 160 * 4096
 DRIVERS = {"qcow2": qcow2, "qed": qed}
 OPTIONS = {
     "qcow2": {"cluster_size": "4k"},
+    "qcow2-extended": {"cluster_size": "16k", "extended_l2": "on"},
     "qcow2-512": {"cluster_size": "512", "refcount_bits": "64"},
     "qed": {"cluster_size": "4k", "table_size": "2"},
 }

@@ -47,6 +47,11 @@ class Chain:
         """Bytes; unit of allocation of the active layer."""
         return self.layers[0].cluster_size
 
+    @property
+    def unit(self) -> int:
+        """Bytes; what a write into the active layer copies the rest of."""
+        return self.layers[0].unit
+
     # -- where things are
 
     def resolve_now(self, layers: tuple[Layer, ...], depth: int, offset: int, length: int) -> list[Piece] | None:
@@ -132,9 +137,9 @@ class Chain:
         image.vet_head(bytes(head))
 
     async def _allocate(self, depth: int, offset: int, data: memoryview) -> None:
-        """Write where the layer has no space of its own yet: copy-on-write of what the data leaves of its clusters."""
+        """Write where the layer has no space of its own yet: copy-on-write of what the data leaves of its units."""
         layer = self.layers[depth]
-        start, end, head, tail = split(offset, len(data), layer.cluster_size)
+        start, end, head, tail = split(offset, len(data), layer.unit)
         buffers: list[bytes | bytearray | memoryview] = [data]
         if head:
             buffers.insert(0, await self.read(start, head, depth))
@@ -145,11 +150,11 @@ class Chain:
     async def zero_layer(self, depth: int, offset: int, length: int) -> None:
         """Make a range of one layer read as zeros. The caller holds the clusters."""
         layer = self.layers[depth]
-        first = min(align_up(offset, layer.cluster_size), offset + length)
-        last = max(first, align_down(offset + length, layer.cluster_size))
+        first = min(align_up(offset, layer.unit), offset + length)
+        last = max(first, align_down(offset + length, layer.unit))
         if offset + length == layer.size:
             last = offset + length
-        if first < last and not await layer.write_zeroes(first, align_up(last, layer.cluster_size) - first):
+        if first < last and not await layer.write_zeroes(first, align_up(last, layer.unit) - first):
             last = first
         for start, end in ((offset, first), (last, offset + length)):
             for position in range(start, end, _ZERO_STEP):

@@ -23,11 +23,9 @@ class Populator:
     Only the numbers of clusters are kept; the copy looks at the state of things again, under the range lock.
     """
 
-    def __init__(
-        self, cluster_size: int, copy_up: Callable[[int, int], Awaitable[int]], on_error: Callable[[], None]
-    ) -> None:
+    def __init__(self, unit: int, copy_up: Callable[[int, int], Awaitable[int]], on_error: Callable[[], None]) -> None:
         self._on_error = on_error
-        self._unit = max(cluster_size, 4096)
+        self._unit = max(unit, 4096)
         self._copy_up = copy_up
         self._bound = max(1, QUEUE_BYTES // self._unit)
         self._waiting: OrderedDict[int, None] = OrderedDict()

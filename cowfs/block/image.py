@@ -27,7 +27,7 @@ class Backing(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Host space for a stretch of the guest's disk, whole clusters, offsets and length in bytes.
+    """Host space for a stretch of the guest's disk, whole units, offsets and length in bytes.
 
     ``fresh`` tells space that was allocated for this purpose from space that was already kept for the range.
     """
@@ -66,6 +66,11 @@ class Image(ABC):
     data_file: str | None = None
     #: whether a cluster that reaches beyond the end of the disk is written as a whole
     writes_past_end: bool = True
+
+    @property
+    def unit(self) -> int:
+        """Bytes; what a write copies the rest of. The cluster, for formats that cannot write less of one."""
+        return self.cluster_size
 
     @property
     def data_storage(self) -> Storage:
@@ -115,7 +120,7 @@ class Image(ABC):
     # -- allocation, for formats whose lookup answers anything but data
 
     async def reserve(self, offset: int, length: int) -> Reservation:
-        """Set host clusters aside for whole clusters of the guest's disk; nothing can be seen of it yet."""
+        """Set host clusters aside for whole units of the guest's disk; nothing can be seen of it yet."""
         raise Unsupported(f"{self.format} cannot allocate")
 
     def link(self, reservation: Reservation) -> None:
@@ -127,7 +132,7 @@ class Image(ABC):
         raise Unsupported(f"{self.format} cannot allocate")
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
-        """Make whole clusters read as zeros without writing data; False if the format has no way to."""
+        """Make whole units read as zeros without writing data; False if the format has no way to."""
         return False
 
     async def deallocate(self, offset: int, length: int) -> None:

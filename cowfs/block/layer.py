@@ -59,8 +59,13 @@ class Layer:
 
     @property
     def cluster_size(self) -> int:
-        """Bytes; writes of less copy the rest. 1 where there is no such unit."""
+        """Bytes; unit of allocation. 1 where there is no such unit."""
         return self.image.cluster_size
+
+    @property
+    def unit(self) -> int:
+        """Bytes; writes of less copy the rest. At most a cluster."""
+        return self.image.unit
 
     @property
     def backing(self) -> Backing | None:
@@ -141,9 +146,9 @@ class Layer:
             raise OutOfRange(f"write beyond the end of the disk at {self.size} bytes", file=self.name)
 
     async def write_clusters(self, offset: int, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Write whole clusters to newly allocated space, then link it; all of it or, on an error, none.
+        """Write whole units to newly allocated space, then link it; all of it or, on an error, none.
 
-        The last cluster may reach beyond the end of the disk.
+        The last unit may reach beyond the end of the disk.
         """
         length = sum(map(len, buffers))
         self._check_write(offset, min(length, self.size - offset))
@@ -163,7 +168,7 @@ class Layer:
         self.image.link(reservation)
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
-        """Make whole clusters read as zeros without data; False if the format cannot."""
+        """Make whole units read as zeros without data; False if the format cannot."""
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
         return await self.image.write_zeroes(offset, length)

@@ -26,12 +26,18 @@ class _Dropped(NamedTuple):
     is_table: bool
 
 
-class _Span(NamedTuple):
-    """The part of a range that one L2 table maps: its L1 index, and the entries from ``first`` up to ``end``."""
+class Span(NamedTuple):
+    """The part of a range that one L2 table maps: its L1 index, and the entries from ``first`` up to ``end``.
+
+    ``offset`` and ``length`` are the part itself, in bytes of the guest's disk; it may begin or end inside of a
+    cluster.
+    """
 
     l1_index: int
     first: int
     end: int
+    offset: int
+    length: int
 
 
 class TwoLevelImage(Image):
@@ -126,16 +132,17 @@ class TwoLevelImage(Image):
 
     # -- mapping
 
-    def spans(self, offset: int, length: int) -> Iterator[_Span]:
-        """Cut a byte range, rounded out to clusters, at the borders of L2 tables."""
-        cluster = offset >> self.cluster_bits
-        end = (offset + length + self.cluster_size - 1) >> self.cluster_bits
-        entries = 1 << self.table_bits
-        while cluster < end:
-            first = cluster & (entries - 1)
-            count = min(entries - first, end - cluster)
-            yield _Span(cluster >> self.table_bits, first, first + count)
-            cluster += count
+    def spans(self, offset: int, length: int) -> Iterator[Span]:
+        """Cut a byte range at the borders of L2 tables."""
+        width = self.cluster_bits + self.table_bits
+        end = offset + length
+        while offset < end:
+            l1_index = offset >> width
+            stop = min(end, (l1_index + 1) << width)
+            start = l1_index << width
+            last = (stop - start + self.cluster_size - 1) >> self.cluster_bits
+            yield Span(l1_index, (offset - start) >> self.cluster_bits, last, offset, stop - offset)
+            offset = stop
 
     def lookup(self, offset: int, length: int) -> list[Extent] | None:
         """Walk the tables that are in memory."""
@@ -250,7 +257,7 @@ class TwoLevelImage(Image):
             raise
         return reservation
 
-    async def _reserve_span(self, reservation: Reservation, span: _Span, table: Table) -> None:
+    async def _reserve_span(self, reservation: Reservation, span: Span, table: Table) -> None:
         runs = reservation.runs
         position = (span.l1_index << self.table_bits) + span.first << self.cluster_bits
         index, end = span.first, span.end
@@ -294,7 +301,8 @@ class TwoLevelImage(Image):
         self._unpin(reservation)
         for run in reservation.runs:
             if run.fresh:
-                for host in range(run.host_offset, run.host_offset + run.length, self.cluster_size):
+                first = run.host_offset & -self.cluster_size
+                for host in range(first, run.host_offset + run.length, self.cluster_size):
                     self._drop(self.encode(host))
         reservation.runs.clear()
 
@@ -324,18 +332,21 @@ class TwoLevelImage(Image):
             table = await self._writable_table(span.l1_index)
             try:
                 for index in range(span.first, span.end):
-                    if table.entries[index] != value:
-                        self._drop(table.entries[index])
-                        table.set(index, value)
+                    self._set_entry(table, index, value)
             finally:
                 table.pins -= 1
+
+    def _set_entry(self, table: Table, index: int, value: int) -> None:
+        if table.entries[index] != value:
+            self._drop(table.entries[index])
+            table.set(index, value)
 
     async def grow(self, size: int, zeroed_until: int) -> None:
         """Make room in L1, hide what is below behind zero clusters, and record the new size last."""
         await self.prepare()
         await self.grow_l1(size)
-        start = align_up(self.size, self.cluster_size)
-        end = align_up(zeroed_until, self.cluster_size)
+        start = align_up(self.size, self.unit)
+        end = align_up(zeroed_until, self.unit)
         if start < end and not await self.write_zeroes(start, end - start):
             raise Unsupported(f"this version of {self.format} cannot hide a longer backing file when it grows")
         await self.flush()

@@ -357,7 +357,9 @@ BAD_HEADERS = {
     "has a cluster size of 2^63, which is out of range": _header(cluster_bits=63),
     "has a cluster size of 2^8, which is out of range": _header(cluster_bits=8),
     "is encrypted (LUKS), which cowfs does not support": _header(crypt_method=2),
-    "needs extended L2 entries, which cowfs does not support": _header(incompatible=16),
+    "has extended L2 entries with clusters of 8192 bytes, which are too small": _header(
+        cluster_bits=13, incompatible=16
+    ),
     "needs unknown incompatible feature 40, which cowfs does not support": _header(incompatible=1 << 40),
     "has an L1 table of 4294967295 entries, which is too large": _header(l1_entries=0xFFFFFFFF),
     "has an L1 table that is too small for its disk": _header(size=1 << 50),

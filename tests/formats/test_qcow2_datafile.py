@@ -51,7 +51,7 @@ async def test_cowfs_and_qemu_take_turns(tmp_path: Path, raw: str, cluster_size:
         os.truncate(tmp_path / "data", SIZE)
 
 
-@pytest.mark.parametrize("base_size", [SIZE, SIZE // 3])
+@pytest.mark.parametrize("base_size", [SIZE, 1_000_448])
 async def test_overlays_with_a_data_file(tmp_path: Path, base_size: int) -> None:
     twin = await Twin(tmp_path, SIZE, base_size=base_size).create(data_file="data", cluster_size="4k")
     await twin.use()

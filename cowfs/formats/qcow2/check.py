@@ -27,6 +27,7 @@ from cowfs.formats.qcow2.layout import (
     OFFSET_MASK,
     REFCOUNT_BLOCK_MASK,
     REFCOUNT_TABLE_RESERVED,
+    SUBCLUSTERS,
     ZERO,
     Header,
 )
@@ -283,15 +284,15 @@ class Survey:
             self.result.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
 
     def _count_l2(self, entries: Entries, *, active: bool) -> None:
+        if self.header.entry_words == 2:
+            entries = self._check_bitmaps(entries)
         is_compressed = entries & np.uint64(COMPRESSED) != 0
         if is_compressed.any():
             self._count_compressed(entries[is_compressed], active=active)
             entries = np.where(is_compressed, np.uint64(0), entries)
         self._find_reserved(entries)
         hosts = entries & np.uint64(OFFSET_MASK)
-        normal = hosts != 0
-        if self.external_data:
-            normal |= entries & np.uint64(COPIED | ZERO) == np.uint64(COPIED)
+        normal = self._has_place(entries)
         entries, hosts = entries[normal], hosts[normal]
         unaligned = hosts & np.uint64(self.size - 1) != 0
         if unaligned.any():
@@ -303,6 +304,34 @@ class Survey:
             jumps = hosts[1:] != hosts[:-1] + np.uint64(self.size)
             self.result.fragmented_clusters += int(np.count_nonzero(jumps))
             self._check_copied_data(entries, hosts)
+
+    def _check_bitmaps(self, words: Entries) -> Entries:
+        """Descriptors of extended L2 entries, without those that count for nothing; contradictions are recorded."""
+        entries, bitmaps = words[::2], words[1::2]
+        allocated = bitmaps & np.uint64((1 << SUBCLUSTERS) - 1)
+        is_compressed = entries & np.uint64(COMPRESSED) != 0
+        placed = ~is_compressed & self._has_place(entries)
+        senseless = is_compressed & (bitmaps != 0) & (not self.external_data)
+        for wrong, what in (
+            (senseless, "compressed cluster with a subcluster bitmap"),
+            (placed & (allocated & bitmaps >> np.uint64(SUBCLUSTERS) != 0), "subclusters both allocated and zeros"),
+            (~is_compressed & ~placed & (allocated != 0), "subclusters allocated in a cluster without a place"),
+        ):
+            if wrong.any():
+                self.broken += int(np.count_nonzero(wrong))
+                pairs = zip(entries[wrong].tolist(), bitmaps[wrong].tolist(), strict=True)
+                found = (f"{what}: l2_entry={entry:x} bitmap={bitmap:x}" for entry, bitmap in pairs)
+                self.result.corrupt_each(int(np.count_nonzero(wrong)), found)
+        self._find_copied_compressed(entries[senseless])
+        return np.where(senseless, np.uint64(0), entries)
+
+    def _has_place(self, entries: Entries) -> Flags:
+        """Which uncompressed entries lead somewhere; offset 0 of a data file is a place, if the copied flag says so."""
+        placed: Flags = entries & np.uint64(OFFSET_MASK) != 0
+        if self.external_data:
+            flag = np.uint64(ZERO if self.header.entry_words == 1 else 0)
+            placed = placed | ((entries & np.uint64(COPIED) != 0) & (entries & flag == 0))
+        return placed
 
     def _find_reserved(self, entries: Entries) -> None:
         wrong = entries[entries & np.uint64(L2_RESERVED) != 0]
@@ -342,10 +371,13 @@ class Survey:
                 (f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={count}" for entry, count in pairs),
             )
 
-    def _count_compressed(self, entries: Entries, *, active: bool) -> None:
+    def _find_copied_compressed(self, entries: Entries) -> None:
         for entry in entries[entries & np.uint64(COPIED) != 0].tolist():
             self.broken += 1
             self.result.corrupt(f"l2_entry={entry:x}: copied flag must never be set for compressed clusters")
+
+    def _count_compressed(self, entries: Entries, *, active: bool) -> None:
+        self._find_copied_compressed(entries)
         if self.external_data:
             self.broken += len(entries)
             found = (f"compressed cluster with a data file, l2_entry={entry:x}" for entry in entries.tolist())

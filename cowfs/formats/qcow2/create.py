@@ -16,8 +16,10 @@ from cowfs.formats.qcow2.layout import (
     EXTENSION_DATA_FILE,
     INCOMPATIBLE_COMPRESSION,
     INCOMPATIBLE_DATA_FILE,
+    INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
+    MIN_EXTENDED_CLUSTER_BITS,
     V2_LENGTH,
     V3_LENGTH,
     Header,
@@ -35,6 +37,7 @@ OPTIONS = {
     "lazy_refcounts": "on or off: QEMU may postpone updates of reference counts",
     "refcount_bits": "width of a reference count in bits, a power of two from 1 to 64 (default 16)",
     "compression_type": "zlib or zstd",
+    "extended_l2": "on or off: writes copy no more than 1/32 of a cluster",
     "data_file": "file for the guest's data, new, in the directory of the image or below it",
     "data_file_raw": "on or off: the data file can also be used as a raw image",
 }
@@ -94,13 +97,17 @@ def _header(size: int, backing: Backing | None, options: Mapping[str, str]) -> t
         raise UsageError("refcount_bits, lazy_refcounts and compression_type need compat=1.1")
     if preallocation != "off" and backing is not None:
         raise UsageError("preallocation and a backing file exclude each other")
-    entries = -(-size >> 2 * bits - 3)
-    if entries * 8 > MAX_L1_BYTES:
-        raise UsageError(f"a disk of {size} bytes is too large for clusters of {1 << bits} bytes")
-    header = Header(version, bits, size, entries, 0, 0, 0, refcount_order=order, compression_type=compression)
+    header = Header(version, bits, size, 0, 0, 0, 0, refcount_order=order, compression_type=compression)
     header.length = V3_LENGTH + 8 if version == 3 else V2_LENGTH
     header.compatible = COMPATIBLE_LAZY_REFCOUNTS if lazy else 0
     header.incompatible = INCOMPATIBLE_COMPRESSION if compression else 0
+    if parse_switch(options, "extended_l2"):
+        if version == 2 or bits < MIN_EXTENDED_CLUSTER_BITS:
+            raise UsageError("extended_l2 needs compat=1.1 and clusters of 16k or more")
+        header.incompatible |= INCOMPATIBLE_EXTENDED_L2
+    header.l1_entries = -(-size // (header.table_entries << bits))
+    if header.l1_entries * 8 > MAX_L1_BYTES:
+        raise UsageError(f"a disk of {size} bytes is too large for clusters of {1 << bits} bytes")
     _record_data_file(header, backing, options)
     if header.autoclear & AUTOCLEAR_RAW_DATA and preallocation == "off":
         # what is not allocated would say that the bytes of the data file are not the guest's

@@ -11,10 +11,10 @@ what the guest sees: zeros are punched into it, and no cluster that has been zer
 from cowfs.block.alignment import align_up
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.image import Backing
-from cowfs.block.metacache import MetadataCache
 from cowfs.errors import CorruptImage, Unsupported
+from cowfs.formats.qcow2.extended import ExtendedImage
 from cowfs.formats.qcow2.image import Qcow2Image
-from cowfs.formats.qcow2.layout import AUTOCLEAR_RAW_DATA, COMPRESSED, COPIED, Header
+from cowfs.formats.qcow2.layout import AUTOCLEAR_RAW_DATA, COMPRESSED, COPIED
 from cowfs.storage.base import Storage
 
 #: bytes of the disk whose mapping is looked up at once
@@ -27,12 +27,14 @@ class ExternalDataImage(Qcow2Image):
     # the last cluster of the data file is no longer than the disk, so that raw readers see its true size
     writes_past_end = False
     kept_autoclear = AUTOCLEAR_RAW_DATA
+    packs = False
 
-    def __init__(self, storage: Storage, header: Header, tables: MetadataCache) -> None:
-        super().__init__(storage, header, tables)
-        self.data_file = header.data_file
-        self.is_raw = bool(header.autoclear & AUTOCLEAR_RAW_DATA)
-        self._data: Storage | None = None
+    _data: Storage | None = None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the data file can be read without the image."""
+        return bool(self.header.autoclear & AUTOCLEAR_RAW_DATA)
 
     @property
     def data_storage(self) -> Storage:
@@ -95,8 +97,8 @@ class ExternalDataImage(Qcow2Image):
             await super().deallocate(offset, length)
 
     async def _claim(self, offset: int, length: int) -> None:
-        """Enter that the data file is valid for whole clusters."""
-        end = align_up(min(offset + length, self.size), self.cluster_size)
+        """Enter that the data file is valid for whole units."""
+        end = align_up(min(offset + length, self.size), self.unit)
         for extent in await self.map(offset, end - offset):
             if extent.kind is not Kind.DATA:
                 self.link(await self.reserve(extent.offset, extent.length))
@@ -132,7 +134,7 @@ class ExternalDataImage(Qcow2Image):
             await self.data_storage.truncate(size)
         await super().grow(size, zeroed_until)
         if self.is_raw:
-            start = align_up(old, self.cluster_size)
+            start = align_up(old, self.unit)
             for position in range(start, size, WINDOW):
                 await self._claim(position, min(WINDOW, size - position))
                 await self.flush()
@@ -142,3 +144,7 @@ class ExternalDataImage(Qcow2Image):
         if self.is_raw and backing is not None:
             raise Unsupported("an image whose external data file is raw cannot have a backing file")
         await super().set_backing(backing)
+
+
+class ExternalExtendedImage(ExternalDataImage, ExtendedImage):
+    """A qcow2 image with an external data file and extended L2 entries."""

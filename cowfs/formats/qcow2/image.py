@@ -24,6 +24,7 @@ from cowfs.formats.qcow2.layout import (
     COPIED,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
+    INCOMPATIBLE_EXTENDED_L2,
     MAX_L1_BYTES,
     OFFSET_MASK,
     SECTOR,
@@ -62,7 +63,8 @@ class Qcow2Image(TwoLevelImage):
         self.size = header.size
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
-        self.table_bits = header.cluster_bits - 3
+        self.table_bits = header.table_entries.bit_length() - 1
+        self.data_file = header.data_file
         self.backing = header.backing
         self.dirty = bool(header.incompatible & INCOMPATIBLE_DIRTY)
         if header.incompatible & INCOMPATIBLE_CORRUPT:
@@ -156,7 +158,7 @@ class Qcow2Image(TwoLevelImage):
 
     def make_table(self, host_offset: int, source: Table | None) -> Table:
         """An L2 table in a fresh cluster."""
-        entries = array("Q", source.entries) if source else array("Q", [0]) * (1 << self.table_bits)
+        entries = array("Q", source.entries if source else bytes(self.cluster_size))
         return self.tables.add(Table(host_offset, entries, Level.LINK, fresh=True))
 
     async def load_table(self, host_offset: int) -> Table:
@@ -347,5 +349,5 @@ class Qcow2Image(TwoLevelImage):
             facts["data-file-raw"] = bool(header.autoclear & AUTOCLEAR_RAW_DATA)
         if header.version >= 3:
             facts["corrupt"] = bool(header.incompatible & INCOMPATIBLE_CORRUPT)
-            facts["extended-l2"] = False
+            facts["extended-l2"] = bool(header.incompatible & INCOMPATIBLE_EXTENDED_L2)
         return facts

@@ -19,6 +19,8 @@ SECTOR = 512
 
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
+#: so that a subcluster has a sector at least
+MIN_EXTENDED_CLUSTER_BITS = 14
 #: limits that QEMU keeps; bytes, but for the last
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
@@ -35,9 +37,13 @@ AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_RAW_DATA = 1 << 1
 
 #: what this driver can read images with
-KNOWN_INCOMPATIBLE = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_DATA_FILE | INCOMPATIBLE_COMPRESSION
-#: what the format defines and this driver does not do
-UNSUPPORTED = {INCOMPATIBLE_EXTENDED_L2: "extended L2 entries"}
+KNOWN_INCOMPATIBLE = (
+    INCOMPATIBLE_DIRTY
+    | INCOMPATIBLE_CORRUPT
+    | INCOMPATIBLE_DATA_FILE
+    | INCOMPATIBLE_COMPRESSION
+    | INCOMPATIBLE_EXTENDED_L2
+)
 
 EXTENSION_END = 0
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
@@ -56,6 +62,9 @@ REFCOUNT_TABLE_RESERVED = 0x1FF
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
 ZERO = 1 << 0
+
+#: parts of a cluster that extended L2 entries have a state for
+SUBCLUSTERS = 32
 
 COMPRESSION_TYPES = ("zlib", "zstd")
 
@@ -99,6 +108,11 @@ class Header:
     def entry_words(self) -> int:
         """64-bit words of an L2 entry: two with extended L2 entries, the second one a bitmap."""
         return 2 if self.incompatible & INCOMPATIBLE_EXTENDED_L2 else 1
+
+    @property
+    def table_entries(self) -> int:
+        """Entries of an L2 table."""
+        return self.cluster_size // 8 // self.entry_words
 
     def pack(self) -> bytes:
         """Return header, extensions and backing file name as they stand at the start of the file."""
@@ -207,8 +221,10 @@ def _check_features(header: Header, head: bytes) -> None:
     if unknown:
         names = _feature_names(header)
         bits = [bit for bit in range(64) if unknown >> bit & 1]
-        wanted = [UNSUPPORTED.get(1 << bit) or names.get(bit) or f"unknown incompatible feature {bit}" for bit in bits]
+        wanted = [names.get(bit) or f"unknown incompatible feature {bit}" for bit in bits]
         raise Unsupported(f"needs {', '.join(wanted)}, which cowfs does not support")
+    if header.incompatible & INCOMPATIBLE_EXTENDED_L2 and header.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        raise InvalidImage(f"has extended L2 entries with clusters of {header.cluster_size} bytes, which are too small")
     if header.compression_type >= len(COMPRESSION_TYPES):
         raise Unsupported(f"uses compression type {header.compression_type}, which is unknown")
     if bool(header.compression_type) != bool(header.incompatible & INCOMPATIBLE_COMPRESSION):
@@ -233,7 +249,7 @@ def _check_tables(header: Header, file_length: int) -> None:
         raise InvalidImage(f"claims a disk of {header.size} bytes")
     if header.l1_entries * 8 > MAX_L1_BYTES:
         raise InvalidImage(f"has an L1 table of {header.l1_entries} entries, which is too large")
-    covered = header.l1_entries * (size // 8) * size
+    covered = header.l1_entries * header.table_entries * size
     if covered < header.size:
         raise InvalidImage("has an L1 table that is too small for its disk")
     if not header.refcount_table_clusters:

@@ -2,10 +2,19 @@
 
 from cowfs.block.metacache import MetadataCache
 from cowfs.errors import CowfsError
-from cowfs.formats.qcow2.datafile import ExternalDataImage
+from cowfs.formats.qcow2.datafile import ExternalDataImage, ExternalExtendedImage
+from cowfs.formats.qcow2.extended import ExtendedImage
 from cowfs.formats.qcow2.image import Qcow2Image
 from cowfs.formats.qcow2.layout import MAGIC, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, parse_header
 from cowfs.storage.base import Storage
+
+#: by whether guest data lies in a file of its own, and the words of an L2 entry
+_KINDS = {
+    (False, 1): Qcow2Image,
+    (False, 2): ExtendedImage,
+    (True, 1): ExternalDataImage,
+    (True, 2): ExternalExtendedImage,
+}
 
 
 def probe(head: bytes) -> bool:
@@ -21,7 +30,7 @@ async def open_image(storage: Storage) -> Qcow2Image:
         if MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
             head = await storage.read_bytes(0, min(storage.length, 1 << bits))
         header = parse_header(head, storage.length)
-        kind = Qcow2Image if header.data_file is None else ExternalDataImage
+        kind = _KINDS[header.data_file is not None, header.entry_words]
         image = kind(storage, header, MetadataCache(storage, "big"))
         await image.load(head)
     except CowfsError as error:
