@@ -283,3 +283,13 @@ async def test_a_reader_in_the_middle_reads_what_was_there() -> None:
     assert sum(length for kind, _, length in storage.log if kind == "punch") > SIZE * 9 // 10
     await disk.grow(SIZE)
     assert await disk.read(0, SIZE) == b"x" * 512 + bytes(SIZE - 512)
+
+
+async def test_a_disk_grows_by_whole_sectors_only(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    ok(qemu_img("create", "-q", "-f", "qcow2", path, "1M"))
+    disk = await open_disk(str(path), writable=True)
+    with pytest.raises(UsageError, match="1500001 bytes is no multiple of 512"):
+        await disk.grow(1_500_001)
+    assert disk.size == 1 << 20
+    await disk.close()

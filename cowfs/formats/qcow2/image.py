@@ -6,13 +6,13 @@ from typing import Any
 
 import trio
 
-from cowfs.block.check import CheckResult
+from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.image import Backing
 from cowfs.block.metacache import Level, MetadataCache, Table
 from cowfs.block.snapshots import InternalSnapshot
 from cowfs.block.twolevel import TwoLevelImage
-from cowfs.errors import CorruptImage, Unsupported
+from cowfs.errors import CorruptImage, Unsupported, UsageError
 from cowfs.formats.qcow2 import changes, compressed
 from cowfs.formats.qcow2.check import check
 from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
@@ -30,9 +30,11 @@ from cowfs.formats.qcow2.layout import (
     SECTOR,
     ZERO,
     Header,
+    has_refcount_table,
     parse_header,
 )
 from cowfs.formats.qcow2.refcounts import Refcounts
+from cowfs.formats.qcow2.repair import check_and_repair
 from cowfs.formats.qcow2.snapshots import find_snapshot, read_snapshots
 from cowfs.storage.base import Storage
 
@@ -55,7 +57,7 @@ class Qcow2Image(TwoLevelImage):
     # grow_l1              its L1 table may have to move
     # -------------------------------------
 
-    def __init__(self, storage: Storage, header: Header, tables: MetadataCache) -> None:
+    def __init__(self, storage: Storage, header: Header, tables: MetadataCache, *, for_repair: bool = False) -> None:
         super().__init__()
         self.storage = storage
         self.header = header
@@ -66,11 +68,8 @@ class Qcow2Image(TwoLevelImage):
         self.table_bits = header.table_entries.bit_length() - 1
         self.data_file = header.data_file
         self.backing = header.backing
-        self.dirty = bool(header.incompatible & INCOMPATIBLE_DIRTY)
-        if header.incompatible & INCOMPATIBLE_CORRUPT:
-            self.unwritable = "is marked corrupt and can only be read; repair it with 'qemu-img check -r all'"
-        elif self.dirty:
-            self.unwritable = "was not closed cleanly and can only be read; repair it with 'qemu-img check -r all'"
+        self._for_repair = for_repair
+        self.update_marks()
         self._has_zero_flag = header.version >= 3
         self._unpacked: OrderedDict[int, bytes] = OrderedDict()
         #: whether the backing file is being changed in the header, or that has failed
@@ -83,16 +82,28 @@ class Qcow2Image(TwoLevelImage):
         self.sector = tables.keep(Table(0, sector, Level.COUNTS_LINK, fresh=False))
         entries = await tables.read(header.l1_offset, header.l1_entries * 8, "Q", "L1 table")
         self.l1 = tables.keep(Table(header.l1_offset, entries, Level.LINK, fresh=False))
-        size = header.refcount_table_clusters << self.cluster_bits
-        entries = await tables.read(header.refcount_table_offset, size, "Q", "refcount table")
+        entries = array("Q")
+        if not self._for_repair or has_refcount_table(header, self.storage.length):
+            size = header.refcount_table_clusters << self.cluster_bits
+            entries = await tables.read(header.refcount_table_offset, size, "Q", "refcount table")
         counts = tables.keep(Table(header.refcount_table_offset, entries, Level.COUNTS_LINK, fresh=False))
         self.refcounts = Refcounts(header, self.storage, tables, counts, self.sector, self._drop_area)
+        self._packed = compressed.PackedWriter(self.storage, self.refcounts, self.cluster_bits)
 
     async def reload(self) -> None:
-        """Forget all tables and read anew what stays in memory: they were changed in the file."""
+        """Forget all tables and read anew what stays in memory: a repair has changed them in the file."""
         self.tables.clear()
         self._unpacked.clear()
         await self.load(await self.storage.read_bytes(0, SECTOR))
+
+    def update_marks(self) -> None:
+        """Follow what the header says of the image's state: dirty bit, corrupt bit."""
+        self.dirty = bool(self.header.incompatible & INCOMPATIBLE_DIRTY)
+        self.unwritable = None
+        if self._for_repair:
+            self.unwritable = "is open to be repaired, not to be written"
+        elif self.header.incompatible & INCOMPATIBLE_CORRUPT:
+            self.unwritable = "is marked corrupt and can only be read; repair it with 'cowfs check -r all'"
 
     # -- entries
 
@@ -136,8 +147,22 @@ class Qcow2Image(TwoLevelImage):
 
     # -- space
 
+    async def recover(self) -> None:
+        """Rebuild the counts of an image with the dirty bit: with lazy refcounts, nobody has kept them true.
+
+        Raises `CorruptImage` if that leaves errors.
+        """
+        if self.dirty and self.unwritable is None:
+            found = await self.check(Repair.ALL)
+            if found.corruptions:
+                raise CorruptImage(
+                    f"was not closed cleanly, and {found.corruptions} errors are left after a repair",
+                    file=self.storage.name,
+                )
+
     async def begin_writing(self) -> None:
         """Clear the autoclear bits that vouch for what this driver does not keep up."""
+        await self.recover()
         kept = self.header.autoclear & self.kept_autoclear
         if self.header.autoclear != kept:
             self._set_field(88, 8, kept)
@@ -172,6 +197,7 @@ class Qcow2Image(TwoLevelImage):
         if kind is Kind.COMPRESSED:
             self._unpacked.pop(host, None)
             host, length = compressed.locate(host, self.cluster_bits)
+            self._packed.forget(host, length)
         for cluster in range(host >> self.cluster_bits, host + length - 1 + self.cluster_size >> self.cluster_bits):
             await self.refcounts.release(cluster)
 
@@ -208,6 +234,22 @@ class Qcow2Image(TwoLevelImage):
         while len(self._unpacked) * self.cluster_size > UNPACKED_BYTES and len(self._unpacked) > 1:
             self._unpacked.popitem(last=False)
         return data
+
+    packs = True
+
+    def pack(self, data: bytes | memoryview) -> bytes | None:
+        """By the method that the header names."""
+        return compressed.pack(data, self.header.compression_type)
+
+    async def write_packed(self, offset: int, packed: bytes) -> None:
+        """Put the bytes behind those of the cluster packed before."""
+        await self.prepare()
+        entry = await self._packed.write(packed)
+        try:
+            await self._set_all(offset, self.cluster_size, entry)
+        except BaseException:
+            self._drop(entry)
+            raise
 
     # -- header
 
@@ -255,6 +297,8 @@ class Qcow2Image(TwoLevelImage):
 
     async def grow_l1(self, size: int) -> None:
         """Move L1 to a larger place if it needs one; the header then points there at once."""
+        if size % SECTOR:
+            raise UsageError(f"{size} bytes is no multiple of {SECTOR}, as sizes of qcow2 images are")
         if self.header.version < 3 and self.header.snapshots:
             raise Unsupported("the disk of a version 2 image that has snapshots cannot be resized")
         span_bits = self.cluster_bits + self.table_bits
@@ -281,9 +325,13 @@ class Qcow2Image(TwoLevelImage):
         self._drop_area(old.offset, old.size)
 
     async def record_size(self, size: int) -> None:
-        """One field of the header."""
+        """One field of the header, in memory as before if that fails."""
         self._set_field(24, 8, size)
-        await self.flush()
+        try:
+            await self.flush()
+        except BaseException:
+            self._set_field(24, 8, self.header.size)
+            raise
         self.header.size = size
 
     async def shrink(self, size: int) -> None:
@@ -332,8 +380,10 @@ class Qcow2Image(TwoLevelImage):
 
     # -- the image as a whole
 
-    async def check(self) -> CheckResult:
+    async def check(self, repair: Repair = Repair.NONE) -> CheckResult:
         """Count all references and compare."""
+        if repair is not Repair.NONE:
+            return await check_and_repair(self, repair)
         return await check(self.storage, self.header, self.tables, self.l1, self.refcounts.table)
 
     def details(self) -> dict[str, Any]:
