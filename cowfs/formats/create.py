@@ -7,6 +7,7 @@ a failure after that leaves no half-made new one.
 import errno
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NoReturn, cast
 
 import trio
@@ -15,6 +16,7 @@ from cowfs.block.alignment import align_up
 from cowfs.block.image import Backing
 from cowfs.errors import CowfsError, InvalidImage, StorageError, UsageError
 from cowfs.formats.chain import backing_source, open_chain
+from cowfs.formats.datafile import data_path
 from cowfs.formats.registry import Format, format_named
 from cowfs.storage import Storage, create_storage, open_storage, sync_directory
 
@@ -69,6 +71,14 @@ async def _identity(name: str) -> Identity | None:
         raise
     await storage.close()
     return storage.identity
+
+
+def remove_image(name: str, options: Mapping[str, str]) -> None:
+    """Take back an image that `create_image` has just made where there was none, with its data file."""
+    names = [name, data_path(name, options["data_file"])] if "data_file" in options else [name]
+    for made in names:
+        with suppress(FileNotFoundError):
+            os.unlink(made)  # noqa: PTH108
 
 
 async def _check_backing(name: str, existing: Identity | None, backing: Backing, size: int | None) -> int:

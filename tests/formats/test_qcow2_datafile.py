@@ -19,7 +19,7 @@ from cowfs.block.layer import Layer
 from cowfs.errors import CorruptImage, CowfsError, UsageError
 from cowfs.formats import qcow2
 from cowfs.formats.chain import open_disk, open_image
-from cowfs.formats.create import create_image
+from cowfs.formats.create import create_image, remove_image
 from cowfs.formats.qcow2.layout import Header
 from cowfs.jobs.commit import Commit
 from cowfs.storage import FileStorage
@@ -369,6 +369,10 @@ async def test_a_failure_leaves_no_data_file(tmp_path: Path, monkeypatch: pytest
     async def fail(*args: object, **options: object) -> None:
         raise CowfsError("no more")
 
+    await create_image(str(tmp_path / "top"), "qcow2", SIZE, None, {"data_file": "data"})
+    assert sorted(names(tmp_path)) == ["data", "top"]
+    remove_image(str(tmp_path / "top"), {"data_file": "data"})
+    assert not names(tmp_path)
     monkeypatch.setattr(FileStorage, "preallocate", fail)
     options = {"data_file": "data", "preallocation": "falloc"}
     with pytest.raises(CowfsError, match="no more"):
