@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from cowfs.block.check import CheckResult
+from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import Extent
 from cowfs.block.metacache import Table
 from cowfs.block.snapshots import InternalSnapshot
@@ -108,6 +108,20 @@ class Image(ABC):
         """Unpack the whole cluster that a compressed extent lies in."""
         raise Unsupported(f"{self.format} has no compressed clusters")
 
+    #: whether clusters can be written packed
+    packs: bool = False
+
+    def pack(self, data: bytes | memoryview) -> bytes | None:
+        """Pack the bytes of one whole cluster; None if that makes them no shorter.
+
+        Called in worker threads: it depends on nothing that changes while the image is open.
+        """
+        raise Unsupported(f"{self.format} has no compressed clusters")
+
+    async def write_packed(self, offset: int, packed: bytes) -> None:
+        """Make the cluster at a guest offset hold what `pack` made of its content, in place of what it held."""
+        raise Unsupported(f"{self.format} has no compressed clusters")
+
     #: bytes at the start of the disk that `vet_head` wants to see before they are written; 0 for none
     vetted: int = 0
 
@@ -167,8 +181,12 @@ class Image(ABC):
         """Change the recorded backing file. Everything before is durable first, the change itself atomic."""
         raise Unsupported(f"{self.format} images have no backing file")
 
-    async def check(self) -> CheckResult:
-        """Look for structural damage and leaks without changing anything."""
+    async def check(self, repair: Repair = Repair.NONE) -> CheckResult:
+        """Look for structural damage and leaks, and put right what ``repair`` says; nothing else is under way.
+
+        The result of a repair is that of a second check after it, with what was fixed. What can be read keeps its
+        content, and a crash in the middle leaves an image that can still be repaired.
+        """
         raise Unsupported(f"{self.format} images cannot be checked")
 
     # -- internal snapshots; nothing else changes the image meanwhile, and each change is made at once and durably

@@ -6,6 +6,8 @@ anything out of range, and never for a change while read-only.
 
 from collections.abc import Sequence
 
+import trio
+
 from cowfs.block.extent import NO_OFFSET, Extent, Kind, merge
 from cowfs.block.image import Backing, Image, Run
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly
@@ -167,6 +169,12 @@ class Layer:
             raise
         self.image.link(reservation)
 
+    async def write_packed(self, offset: int, packed: bytes) -> None:
+        """Write one whole cluster that `Image.pack` has packed; it may reach beyond the end of the disk."""
+        self._check_write(offset, min(self.cluster_size, self.size - offset))
+        await self.begin()
+        await self.image.write_packed(offset, packed)
+
     async def write_zeroes(self, offset: int, length: int) -> bool:
         """Make whole units read as zeros without data; False if the format cannot."""
         self._check_write(offset, min(length, self.size - offset))
@@ -217,6 +225,15 @@ class Layer:
         # the header's file last: while it cannot be written, nothing can
         for storage in reversed(self.storages):
             await storage.reopen(writable=writable)
+        if writable:
+            try:
+                # what an image needs that was not closed cleanly is done here, before anybody depends on it
+                await self.begin()
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    for storage in self.storages:
+                        await storage.reopen(writable=False)
+                raise
 
     async def close(self) -> None:
         """Flush and close."""

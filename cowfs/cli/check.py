@@ -5,10 +5,9 @@ import json
 import click
 import trio
 
-from cowfs.block.check import CheckResult
+from cowfs.block.check import CheckResult, Repair
 from cowfs.block.image import Image
 from cowfs.cli.options import file_argument, format_option, output_options, quiet_option
-from cowfs.errors import Unsupported
 from cowfs.formats.chain import open_image
 
 CORRUPT = 2
@@ -22,7 +21,7 @@ NOT_SUPPORTED = 63
     "-r",
     "--repair",
     type=click.Choice(["leaks", "all"]),
-    help="Not in this version, which only looks; 'qemu-img check -r' repairs.",
+    help="Put right what is wrong: leaks only, or all; then look once more.",
 )
 @quiet_option
 @output_options
@@ -30,7 +29,8 @@ NOT_SUPPORTED = 63
 def command(file: str, format: str | None, repair: str | None, quiet: bool, output: str) -> int:
     """Look for damage and leaked space in the image FILE, without its backing files.
 
-    Nothing is changed. What is found is told on standard error, the sums on standard output.
+    Without -r nothing is changed. What is found, or repaired, is told on standard error, the sums on standard
+    output.
 
     \b
     Exit codes:
@@ -44,10 +44,9 @@ def command(file: str, format: str | None, repair: str | None, quiet: bool, outp
     Examples:
       cowfs check vm1.qcow2
       cowfs check --json vm1.qcow2
+      cowfs check -r all vm1.qcow2
     """
-    if repair is not None:
-        raise Unsupported(f"cowfs cannot repair images yet; use 'qemu-img check -r {repair}'", file=file)
-    result = trio.run(_check, file, format)
+    result = trio.run(_check, file, format, Repair(repair or "none"))
     if result is None:
         click.echo(f"cowfs: {file}: this format has nothing that could be checked", err=True)
         return NOT_SUPPORTED
@@ -55,6 +54,8 @@ def command(file: str, format: str | None, repair: str | None, quiet: bool, outp
     if not quiet:
         for message in found.messages:
             click.echo(message, err=True)
+        if found.omitted:
+            click.echo(f"... and {found.omitted} more", err=True)
     if output == "json":
         click.echo(json.dumps(_facts(file, image_format, found), indent=4))
     elif not quiet:
@@ -62,13 +63,14 @@ def command(file: str, format: str | None, repair: str | None, quiet: bool, outp
     return CORRUPT if found.corruptions else LEAKS if found.leaks else 0
 
 
-async def _check(file: str, format: str | None) -> tuple[str, CheckResult] | None:
+async def _check(file: str, format: str | None, repair: Repair) -> tuple[str, CheckResult] | None:
     """Return the image's format and what was found; None if its format has no check."""
-    image = await open_image(file, format)
+    repairs = repair is not Repair.NONE
+    image = await open_image(file, format, writable=repairs, for_repair=repairs)
     try:
         if type(image).check is Image.check:
             return None
-        return image.format, await image.check()
+        return image.format, await image.check(repair)
     finally:
         await image.close()
 
@@ -83,6 +85,8 @@ def _facts(file: str, format: str, found: CheckResult) -> dict[str, int | str]:
         "compressed-clusters": found.compressed_clusters,
         "corruptions": found.corruptions,
         "leaks": found.leaks,
+        "corruptions-fixed": found.corruptions_fixed,
+        "leaks-fixed": found.leaks_fixed,
     }
     return {
         **{key: count for key, count in counts.items() if count},
@@ -95,6 +99,10 @@ def _facts(file: str, format: str, found: CheckResult) -> dict[str, int | str]:
 def _summary(found: CheckResult) -> str:
     """Lay the sums out as ``qemu-img check`` does."""
     text = ""
+    if found.corruptions_fixed or found.leaks_fixed:
+        text += "The following inconsistencies were found and repaired:\n\n"
+        text += f"    {found.leaks_fixed} leaked clusters\n    {found.corruptions_fixed} corruptions\n\n"
+        text += "Double checking the fixed image now...\n"
     if not found.corruptions and not found.leaks:
         text += "No errors were found on the image.\n"
     if found.corruptions:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cowfs.block.disk import FLUSH_INTERVAL, Disk
 from cowfs.block.image import Backing, Image
 from cowfs.block.layer import Layer
+from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import CowfsError, InvalidImage, Unsupported
 from cowfs.formats.datafile import data_path, open_data
 from cowfs.formats.registry import format_named, open_guessed
@@ -29,14 +30,24 @@ class Source(NamedTuple):
     format: str | None
 
 
-async def open_image(name: str, format: str | None = None, *, writable: bool = False, vet: Vet | None = None) -> Image:
-    """Open one image, with its data file, without its backing. Errors name the file.
+async def open_image(
+    name: str,
+    format: str | None = None,
+    *,
+    writable: bool = False,
+    for_repair: bool = False,
+    cache_size: int = DEFAULT_BOUND,
+    vet: Vet | None = None,
+) -> Image:
+    """Open one image, with its data file, without its backing; see `cowfs.formats.registry.Open`.
 
-    ``vet`` is shown the name of the data file.
+    ``for_repair`` needs ``writable``, and opens what is too damaged to be written otherwise. ``vet`` is shown the
+    name of the data file. Errors name the file.
     """
     storage = await open_storage(name, writable=writable)
     try:
-        image = await (format_named(format).open(storage) if format else open_guessed(storage))
+        opener = format_named(format).open if format else open_guessed
+        image = await opener(storage, cache_size=cache_size, for_repair=for_repair)
         if image.data_file is not None:
             path = data_path(name, image.data_file)
             if vet is not None:
@@ -54,10 +65,16 @@ async def open_image(name: str, format: str | None = None, *, writable: bool = F
 
 
 async def open_chain(
-    name: str, format: str | None = None, *, writable: bool = False, vet: Vet | None = None
+    name: str,
+    format: str | None = None,
+    *,
+    writable: bool = False,
+    cache_size: int = DEFAULT_BOUND,
+    vet: Vet | None = None,
 ) -> list[Layer]:
     """Open an image and everything below it, active layer first; only the first is opened for writing.
 
+    ``cache_size`` bounds the bytes of tables that each layer keeps in memory.
     ``vet`` is shown each file's name before it is opened, and refuses it by raising.
     Raises the first error met, after closing what was opened; a cycle is `InvalidImage`.
     """
@@ -68,7 +85,7 @@ async def open_chain(
         while source is not None:
             if vet is not None:
                 await vet(source.name)
-            image = await _open_member(source, layers, writable=writable and not layers, vet=vet)
+            image = await _open_member(source, layers, writable=writable and not layers, cache_size=cache_size, vet=vet)
             layers.append(Layer(image))
             for storage in image.storages:
                 if storage.identity in seen:
@@ -84,9 +101,11 @@ async def open_chain(
     return layers
 
 
-async def _open_member(source: Source, above: list[Layer], *, writable: bool, vet: Vet | None) -> Image:
+async def _open_member(
+    source: Source, above: list[Layer], *, writable: bool, cache_size: int, vet: Vet | None
+) -> Image:
     try:
-        return await open_image(source.name, source.format, writable=writable, vet=vet)
+        return await open_image(source.name, source.format, writable=writable, cache_size=cache_size, vet=vet)
     except CowfsError as error:
         if above:
             error.message += f" (backing file of {above[-1].name})"
@@ -100,6 +119,7 @@ async def open_disk(
     writable: bool = False,
     copy_on_read: bool = True,
     flush_interval: float = FLUSH_INTERVAL,
+    cache_size: int = DEFAULT_BOUND,
     vet: Vet | None = None,
     snapshot: str | None = None,
 ) -> Disk:
@@ -108,7 +128,7 @@ async def open_disk(
     ``snapshot``, an id or name, asks for the disk as of that internal snapshot of the first image, which can only
     be read. Raises `NotFound` if there is none.
     """
-    layers = await open_chain(name, format, writable=writable, vet=vet)
+    layers = await open_chain(name, format, writable=writable, cache_size=cache_size, vet=vet)
     try:
         if snapshot is not None:
             await _show_snapshot(layers[0].image, snapshot)

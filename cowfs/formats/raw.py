@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.image import Backing, Image
+from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import NotPermitted, Unsupported, UsageError
 from cowfs.formats.options import parse_choice, refuse_unknown
 from cowfs.storage.base import Storage
@@ -69,8 +70,8 @@ OPTIONS = {
 }
 
 
-async def open_image(storage: Storage) -> RawImage:
-    """Any storage will do."""
+async def open_image(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_repair: bool = False) -> RawImage:
+    """Any storage will do; there are no tables to keep and nothing to repair."""
     return RawImage(storage)
 
 

@@ -1,9 +1,10 @@
 """The formats that cowfs knows, and how to tell which one a file has."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cowfs.block.image import Backing, Image
+from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import UsageError
 from cowfs.formats import qcow2, qed, raw
 from cowfs.storage import Storage
@@ -15,27 +16,42 @@ PROBE_BYTES = 512
 Options = Mapping[str, str]
 
 
+class Open(Protocol):
+    """Opens an image of one format."""
+
+    def __call__(
+        self, storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_repair: bool = False
+    ) -> Awaitable[Image]:
+        """Read the header; raises `InvalidImage`, `CorruptImage` or `Unsupported`.
+
+        ``cache_size`` bounds the bytes of tables that are kept in memory, beside those that always are.
+        ``for_repair`` opens images too that are too damaged to be written, for a check and nothing else.
+        """
+
+
 class Format(NamedTuple):
     """One format, as the rest of the program reaches it.
 
-    ``open`` reads the header and raises `InvalidImage`, `CorruptImage` or `Unsupported`; the storage stays the
-    caller's to close if it does. ``probe`` says whether a file that starts with some bytes has this format.
+    The storage stays the caller's to close if ``open`` raises. ``probe`` says whether a file that starts with some
+    bytes has this format.
     ``create`` fills an empty storage: size in bytes, backing, options; ``options`` lists what it takes, with a
     line of help for each.
     """
 
     name: str
-    open: Callable[[Storage], Awaitable[Image]]
+    open: Open
     probe: Callable[[bytes], bool]
     create: Callable[[Storage, int, Backing | None, Options], Awaitable[None]]
     options: Mapping[str, str]
     has_backing: bool
+    #: whether clusters can be written packed
+    packs: bool = False
 
 
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        Format("qcow2", qcow2.open_image, qcow2.probe, qcow2.create, qcow2.OPTIONS, has_backing=True),
+        Format("qcow2", qcow2.open_image, qcow2.probe, qcow2.create, qcow2.OPTIONS, has_backing=True, packs=True),
         Format("qed", qed.open_image, qed.probe, qed.create, qed.OPTIONS, has_backing=True),
         Format("raw", raw.open_image, raw.probe, raw.create, raw.OPTIONS, has_backing=False),
     )
@@ -50,9 +66,9 @@ def format_named(name: str) -> Format:
         raise UsageError(f"unknown format '{name}'; cowfs knows {', '.join(FORMATS)}") from None
 
 
-async def open_guessed(storage: Storage) -> Image:
+async def open_guessed(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_repair: bool = False) -> Image:
     """Open an image of unnamed format. One that is taken for raw may not become anything else while in use."""
-    image = await (await probe(storage)).open(storage)
+    image = await (await probe(storage)).open(storage, cache_size=cache_size, for_repair=for_repair)
     if isinstance(image, raw.RawImage):
         image.guard_head(PROBE_BYTES, _other_format)
     return image

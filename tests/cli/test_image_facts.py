@@ -144,10 +144,3 @@ def test_check_counts_damage_as_qemu_img_does(
 
 def test_check_of_a_format_without_any(images: Path) -> None:
     assert "nothing that could be checked" in refusal(cowfs("check", "base.raw", cwd=images), 63)
-
-
-@pytest.mark.parametrize("what", ["leaks", "all"])
-def test_check_repairs_nothing_yet(images: Path, what: str) -> None:
-    before = (images / "v3.qcow2").read_bytes()
-    assert f"use 'qemu-img check -r {what}'" in refusal(cowfs("check", "-r", what, "v3.qcow2", cwd=images))
-    assert (images / "v3.qcow2").read_bytes() == before

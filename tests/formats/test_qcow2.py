@@ -398,15 +398,14 @@ async def test_a_feature_is_named_from_the_images_own_table(tmp_path: Path) -> N
         await open_image(str(path))
 
 
-@pytest.mark.parametrize(("bit", "word"), [(1, "not closed cleanly"), (2, "marked corrupt")])
-async def test_dirty_and_corrupt_images_can_only_be_read(tmp_path: Path, bit: int, word: str) -> None:
+async def test_corrupt_images_can_only_be_read(tmp_path: Path) -> None:
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
     data = bytearray(path.read_bytes())
-    data[79] |= bit
+    data[79] |= 2
     path.write_bytes(data)
     assert await content(path) == bytes(1 << 20)
-    with pytest.raises(ReadOnly, match=word):
+    with pytest.raises(ReadOnly, match="marked corrupt"):
         await open_disk(str(path), writable=True)
     assert path.read_bytes() == data
 

@@ -124,8 +124,12 @@ class Survey:
         self.max_count = (1 << min(1 << header.refcount_order, 32)) - 1
         #: whether guest data lies in a file of its own, where nothing is counted
         self.external_data = header.data_file is not None
+        # the same for the one cluster behind the end that an area may reach into
+        self._counted_past = self._stored_past = 0
         #: entries of tables that are wrong by themselves, whatever is counted
         self.broken = 0
+        #: copied flags that contradict the counts on disk
+        self.wrong_flags = 0
         #: whether the bitmap directory makes no sense
         self.broken_bitmaps = False
         #: whether refcount table or blocks cannot be used as they are
@@ -159,12 +163,14 @@ class Survey:
         for index, entry in enumerate(self.refcount_table.entries):
             start = index * per_block
             offset = entry & REFCOUNT_BLOCK_MASK
-            if start >= self.clusters:
+            if start > self.clusters:
                 break
             if self.is_block(offset):
                 block = await self.storage.read_bytes(offset, self.size)
                 counts = unpack_counts(block, self.header.refcount_order)
                 self.stored[start : start + per_block] = counts[: self.clusters - start]
+                if self.clusters - start < per_block:
+                    self._stored_past = int(counts[self.clusters - start])
 
     def is_block(self, offset: int) -> bool:
         """Whether a refcount block can be at a host offset."""
@@ -212,6 +218,7 @@ class Survey:
         place = slice(offset >> self.bits, offset + length - 1 + self.size >> self.bits)
         self.counted[place] += 1
         self.uses[place] |= np.uint8(use)
+        self._counted_past += place.stop > self.clusters
 
     def _beyond(self, offset: int, length: int) -> None:
         self.result.corrupt(f"reference to {length} bytes at {offset:#x}, beyond the end of the file")
@@ -281,6 +288,7 @@ class Survey:
         cluster = (entry & OFFSET_MASK) >> self.bits
         count = int(self.stored[cluster]) if cluster < self.clusters else 0
         if (count == 1) != bool(entry & COPIED):
+            self.wrong_flags += 1
             self.result.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
 
     def _count_l2(self, entries: Entries, *, active: bool) -> None:
@@ -365,6 +373,7 @@ class Survey:
             counts = self.stored[clusters]
         wrong = (counts == 1) != (entries & np.uint64(COPIED) != 0)
         if wrong.any():
+            self.wrong_flags += int(np.count_nonzero(wrong))
             pairs = zip(entries[wrong].tolist(), counts[wrong].tolist(), strict=True)
             self.result.corrupt_each(
                 int(np.count_nonzero(wrong)),
@@ -447,6 +456,12 @@ class Survey:
             self._find_mismatches(start, stored, counted)
             used = np.flatnonzero((stored > 0) | (counted > 0))
             end = start + int(used[-1]) + 1 if len(used) else end
+        if self._counted_past:
+            end = self.clusters + 1
+            past = (
+                np.array([count], np.uint32) for count in (self._stored_past, min(self._counted_past, self.max_count))
+            )
+            self._find_mismatches(self.clusters, *past)
         self.result.image_end_offset = end * self.size
 
     def _find_overflow(self, start: int, counted: Counts) -> None:

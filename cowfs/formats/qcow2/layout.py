@@ -140,11 +140,12 @@ class Header:
         return packed
 
 
-def parse_header(head: bytes, file_length: int) -> Header:
+def parse_header(head: bytes, file_length: int, *, for_repair: bool = False) -> Header:
     """Read the header from the first cluster of a file (or as much as there is of it).
 
     Raises `InvalidImage` for what is no qcow2 header, `Unsupported` for features that are not understood, by
     name. Nothing that the header claims has been used to allocate memory until it has passed.
+    ``for_repair`` lets a place pass where no refcount table can be; see `has_refcount_table`.
     """
     if len(head) < V2_LENGTH:
         raise InvalidImage(f"is too short for a qcow2 image: {len(head)} bytes")
@@ -176,6 +177,8 @@ def parse_header(head: bytes, file_length: int) -> Header:
     _parse_extensions(header, head)
     _check_features(header, head)
     _check_tables(header, file_length)
+    if not for_repair:
+        _check_refcount_table(header, file_length)
     _parse_backing(header, head)
     _parse_data_file(header)
     return header
@@ -252,22 +255,36 @@ def _check_tables(header: Header, file_length: int) -> None:
     covered = header.l1_entries * header.table_entries * size
     if covered < header.size:
         raise InvalidImage("has an L1 table that is too small for its disk")
+    if header.snapshots > MAX_SNAPSHOTS:
+        raise InvalidImage(f"claims {header.snapshots} internal snapshots, which is too many")
+    _check_place(header, "L1 table", header.l1_offset, header.l1_entries * 8, file_length)
+    if header.snapshots:
+        _check_place(header, "snapshot table", header.snapshots_offset, 40 * header.snapshots, file_length)
+
+
+def _check_refcount_table(header: Header, file_length: int) -> None:
     if not header.refcount_table_clusters:
         raise InvalidImage("has no refcount table")
     table_bytes = header.refcount_table_clusters << header.cluster_bits
     if table_bytes > MAX_REFCOUNT_TABLE_BYTES:
         raise InvalidImage(f"has a refcount table of {table_bytes} bytes, which is too large")
-    if header.snapshots > MAX_SNAPSHOTS:
-        raise InvalidImage(f"claims {header.snapshots} internal snapshots, which is too many")
-    places = [("L1 table", header.l1_offset, header.l1_entries * 8)]
-    places.append(("refcount table", header.refcount_table_offset, table_bytes))
-    if header.snapshots:
-        places.append(("snapshot table", header.snapshots_offset, 40 * header.snapshots))
-    for what, offset, length in places:
-        if length and (offset % size or not offset):
-            raise CorruptImage(f"has its {what} at offset {offset:#x}, which is not a place for one")
-        if offset + length > file_length:
-            raise CorruptImage(f"has a {what} at offset {offset:#x} that lies beyond the end of the file")
+    _check_place(header, "refcount table", header.refcount_table_offset, table_bytes, file_length)
+
+
+def has_refcount_table(header: Header, file_length: int) -> bool:
+    """Whether there can be a refcount table where the header says, in a file of so many bytes."""
+    try:
+        _check_refcount_table(header, file_length)
+    except (InvalidImage, CorruptImage):
+        return False
+    return True
+
+
+def _check_place(header: Header, what: str, offset: int, length: int, file_length: int) -> None:
+    if length and (offset % header.cluster_size or not offset):
+        raise CorruptImage(f"has its {what} at offset {offset:#x}, which is not a place for one")
+    if offset + length > file_length:
+        raise CorruptImage(f"has a {what} at offset {offset:#x} that lies beyond the end of the file")
 
 
 def _parse_backing(header: Header, head: bytes) -> None:

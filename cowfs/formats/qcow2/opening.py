@@ -1,6 +1,6 @@
 """Telling a qcow2 file, and opening it."""
 
-from cowfs.block.metacache import MetadataCache
+from cowfs.block.metacache import DEFAULT_BOUND, MetadataCache
 from cowfs.errors import CowfsError
 from cowfs.formats.qcow2.datafile import ExternalDataImage, ExternalExtendedImage
 from cowfs.formats.qcow2.extended import ExtendedImage
@@ -22,17 +22,24 @@ def probe(head: bytes) -> bool:
     return head.startswith(MAGIC)
 
 
-async def open_image(storage: Storage) -> Qcow2Image:
-    """Read header, L1 and refcount table. Raises `InvalidImage`, `CorruptImage`, `Unsupported`."""
+async def open_image(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_repair: bool = False) -> Qcow2Image:
+    """Read header, L1 and refcount table; repair the counts if the image is writable and was not closed cleanly.
+
+    ``cache_size`` bounds the bytes of other tables that are kept. ``for_repair`` opens images too that cannot be
+    written otherwise, changes nothing, and allows nothing but a check.
+    Raises `InvalidImage`, `CorruptImage`, `Unsupported`.
+    """
     try:
         head = await storage.read_bytes(0, min(storage.length, 1 << MIN_CLUSTER_BITS))
         bits = int.from_bytes(head[20:24], "big")
         if MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
             head = await storage.read_bytes(0, min(storage.length, 1 << bits))
-        header = parse_header(head, storage.length)
+        header = parse_header(head, storage.length, for_repair=for_repair)
         kind = _KINDS[header.data_file is not None, header.entry_words]
-        image = kind(storage, header, MetadataCache(storage, "big"))
+        image = kind(storage, header, MetadataCache(storage, "big", bound=cache_size), for_repair=for_repair)
         await image.load(head)
+        if not storage.read_only and not for_repair:
+            await image.recover()
     except CowfsError as error:
         error.file = error.file or storage.name
         raise

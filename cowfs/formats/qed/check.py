@@ -130,7 +130,7 @@ class _Walk:
         self.used.add_range(l1.offset >> self.bits, min(self.table_size, self.end - (l1.offset >> self.bits)))
         entries = entries_of(l1.entries)
         present = np.flatnonzero(entries)
-        inside = self._are_inside(entries[present], self.table_size)
+        inside = are_inside(self.image, entries[present], self.table_size, self.end)
         if wrong := len(present) - int(np.count_nonzero(inside)):
             self.result.corrupt(f"{wrong} L1 entries point to where no table can be", wrong)
         overlapping = 0
@@ -154,7 +154,7 @@ class _Walk:
         if not table.any():
             self.empty.append(index)
         self._count(data)
-        inside = self._are_inside(data, 1)
+        inside = are_inside(self.image, data, 1, self.end)
         if wrong := len(data) - int(np.count_nonzero(inside)):
             self.result.corrupt(f"{wrong} entries of the L2 table at {offset:#x} point to where no data can be", wrong)
         again = self.used.add(self._clusters(data[inside]))
@@ -170,9 +170,10 @@ class _Walk:
     def _clusters(self, offsets: Entries) -> Clusters:
         return (offsets >> np.uint64(self.bits)).astype(np.int64)
 
-    def _are_inside(self, offsets: Entries, size: int) -> npt.NDArray[np.bool_]:
-        """Which offsets are aligned, with so many clusters between header and end of the file."""
-        clusters = self._clusters(offsets)
-        inside: npt.NDArray[np.bool_] = (clusters >= self.first) & (clusters <= self.end - size)
-        inside &= offsets & np.uint64(self.image.cluster_size - 1) == 0
-        return inside
+
+def are_inside(image: "QedImage", offsets: Entries, size: int, end: int) -> npt.NDArray[np.bool_]:
+    """Which offsets are aligned, with ``size`` clusters between the header and the cluster ``end``."""
+    clusters = (offsets >> np.uint64(image.cluster_bits)).astype(np.int64)
+    inside: npt.NDArray[np.bool_] = (clusters >= image.header.header_size) & (clusters <= end - size)
+    inside &= offsets & np.uint64(image.cluster_size - 1) == 0
+    return inside

@@ -55,7 +55,7 @@ async def _scan(image: "QedImage") -> Scan:
     found = await scan(image, image.space.end)
     if found.result.corruptions:
         raise CorruptImage(
-            f"has {found.result.corruptions} errors in its tables; repair it with 'qemu-img check -r all'",
+            f"has {found.result.corruptions} errors in its tables; repair it with 'cowfs check -r all'",
             file=image.storage.name,
         )
     return found

@@ -7,13 +7,13 @@ Sections "Tables" and "Consistency checking" of the specification; mapping and w
 import os
 from array import array
 
-from cowfs.block.check import CheckResult
+from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import NO_OFFSET, Kind
 from cowfs.block.image import Backing
-from cowfs.block.metacache import Level, MetadataCache, Table
+from cowfs.block.metacache import DEFAULT_BOUND, Level, MetadataCache, Table
 from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, InvalidImage, Unsupported, UsageError
-from cowfs.formats.qed.check import Entries, check, entries_of, scan
+from cowfs.formats.qed.check import Entries, Scan, check, entries_of, scan
 from cowfs.formats.qed.compact import compact
 from cowfs.formats.qed.create import backing_features, encode_name
 from cowfs.formats.qed.layout import (
@@ -26,6 +26,7 @@ from cowfs.formats.qed.layout import (
     Header,
     parse_header,
 )
+from cowfs.formats.qed.repair import check_and_repair
 from cowfs.formats.qed.sharedstep import SharedStep
 from cowfs.formats.qed.space import Space
 from cowfs.storage.base import Storage
@@ -35,7 +36,7 @@ SETTLE_BYTES = 256 << 20
 #: bytes of the header clusters that are searched for a place for a new backing file name
 NAME_AREA = 1 << 16
 
-_REPAIR = "repair it with 'qemu-img check -r all'"
+_REPAIR = "repair it with 'cowfs check -r all'"
 
 
 def probe(head: bytes) -> bool:
@@ -43,18 +44,22 @@ def probe(head: bytes) -> bool:
     return head.startswith(MAGIC)
 
 
-async def open_image(storage: Storage) -> "QedImage":
+async def open_image(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_repair: bool = False) -> "QedImage":
     """Read header and L1 table; check the image if it is writable and was not closed cleanly.
 
+    ``cache_size`` bounds the bytes of L2 tables that are kept. ``for_repair`` leaves the check to who is going to
+    repair what it finds.
     Raises `InvalidImage`, `CorruptImage`, `Unsupported`.
     """
     sector = await storage.read_bytes(0, min(SECTOR, storage.length))
     header = parse_header(sector, storage.length)
-    tables = MetadataCache(storage, "little")
+    tables = MetadataCache(storage, "little", bound=cache_size)
     l1 = await tables.read(header.l1_offset, header.table_bytes, "Q", "L1 table")
     image = QedImage(storage, header, tables, sector, l1)
     image.backing = await _read_backing(storage, header)
-    if not storage.read_only:
+    if for_repair:
+        image.unwritable = "is open to be repaired, not to be written"
+    elif not storage.read_only:
         await image.verify()
     return image
 
@@ -221,8 +226,18 @@ class QedImage(TwoLevelImage):
                 f"was not closed cleanly, and a check finds {found.result.corruptions} errors; {_REPAIR}",
                 file=self.storage.name,
             )
+        self.adopt(found)
+
+    def adopt(self, found: Scan) -> None:
+        """Take over from a scan without errors what may be handed out."""
         self.space = found.used.space()
         self._marked.done = self.dirty
+        self._verified.done = True
+
+    async def mark(self) -> None:
+        """Have the need-check bit on disk, whatever state the image is in."""
+        if not self.dirty:
+            await self._set_need_check()
 
     async def begin_writing(self) -> None:
         """Verify, and clear autoclear bits: none is known, so none is kept true."""
@@ -336,6 +351,8 @@ class QedImage(TwoLevelImage):
 
     # -- the image as a whole
 
-    async def check(self) -> CheckResult:
+    async def check(self, repair: Repair = Repair.NONE) -> CheckResult:
         """Look for damage and leaks; nothing else may be under way."""
+        if repair is not Repair.NONE:
+            return await check_and_repair(self, repair)
         return await check(self)
