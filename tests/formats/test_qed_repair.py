@@ -1,0 +1,137 @@
+"""Repair of QED images: entries that point nowhere are dropped as QEMU does, leaks are given back."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from commandline import ok, qemu_img
+from qedtools import M, features_on_disk, header_on_disk, qemu_check, qemu_create, qemu_io
+from recording import RecordingStorage
+
+from cowfs.block.check import CheckResult, Repair
+from cowfs.errors import CorruptImage, CowfsError
+from cowfs.formats import qed
+from cowfs.formats.chain import open_disk, open_image
+from cowfs.formats.qed.layout import Feature
+
+FAR = 1 << 40
+
+
+def _make(path: Path) -> bytearray:
+    qemu_create(path, 16 * M, "-o", "cluster_size=4k,table_size=2")
+    qemu_io(path, *[f"write -P {number + 1} {number * 4 * M} 256k" for number in range(4)])
+    return bytearray(path.read_bytes())
+
+
+def _table(image: bytearray, path: Path) -> int:
+    """Host offset of the first L2 table."""
+    l1 = header_on_disk(path).l1_offset
+    return int.from_bytes(image[l1 : l1 + 8], "little")
+
+
+def _put(image: bytearray, offset: int, value: int) -> None:
+    image[offset : offset + 8] = value.to_bytes(8, "little")
+
+
+async def _check(path: Path, repair: Repair) -> CheckResult:
+    image = await open_image(str(path), "qed", writable=True, for_repair=True)
+    try:
+        return await image.check(repair)
+    finally:
+        await image.close()
+
+
+async def _content(path: Path) -> list[bytes | None]:
+    disk = await open_disk(str(path), "qed")
+    found: list[bytes | None] = []
+    for offset in range(0, disk.size, disk.cluster_size):
+        try:
+            found.append(bytes(await disk.read(offset, disk.cluster_size)))
+        except CowfsError:
+            found.append(None)
+    await disk.close()
+    return found
+
+
+def _assert_clean(path: Path) -> None:
+    found = qemu_check(path)
+    assert not (found.get("corruptions") or found.get("leaks")), found
+    assert not features_on_disk(path) & Feature.NEED_CHECK
+
+
+@pytest.mark.parametrize("value", [FAR, 4096 + 512, 2])
+async def test_entries_that_point_nowhere_are_dropped(tmp_path: Path, value: int) -> None:
+    image = _make(path := tmp_path / "image")
+    table = _table(image, path)
+    _put(image, table + 8 * 3, value)
+    _put(image, table + 8 * 5, value)
+    _put(image, header_on_disk(path).l1_offset + 8, FAR)
+    image[16] |= 2
+    path.write_bytes(image)
+    with pytest.raises(CorruptImage, match="repair it with 'cowfs check -r all'"):
+        await open_disk(str(path), "qed", writable=True)
+    (copy := tmp_path / "copy").write_bytes(image)
+    theirs = json.loads(qemu_img("check", "-f", "qed", "-r", "all", "--output=json", copy).stdout)
+    before = await _content(path)
+    result = await _check(path, Repair.ALL)
+    assert result.corruptions_fixed == theirs["corruptions-fixed"] == 3
+    assert (result.corruptions, result.leaks) == (0, 0)
+    _assert_clean(path)
+    after = await _content(path)
+    assert [new if old is not None else None for old, new in zip(before, after, strict=True)] == before
+    disk = await open_disk(str(path), "qed", writable=True)
+    await disk.write(3 * 4096, b"again")
+    await disk.close()
+    _assert_clean(path)
+
+
+async def test_with_leaks_alone_damage_is_left(tmp_path: Path) -> None:
+    image = _make(path := tmp_path / "image")
+    _put(image, _table(image, path) + 8 * 3, FAR)
+    path.write_bytes(image)
+    result = await _check(path, Repair.LEAKS)
+    assert (result.corruptions, result.corruptions_fixed, result.leaks_fixed) == (1, 0, 0)
+    assert path.read_bytes() == image
+
+
+async def test_leaks_are_given_back_and_the_mark_taken_off(tmp_path: Path) -> None:
+    image = _make(path := tmp_path / "image")
+    table = _table(image, path)
+    for index in range(10, 20):
+        _put(image, table + 8 * index, 0)
+    image[16] |= 2
+    path.write_bytes(image)
+    before = await _content(path)
+    assert (await _check(path, Repair.LEAKS)).leaks_fixed == 10
+    assert path.stat().st_size == len(image) - 10 * 4096
+    assert await _content(path) == before
+    _assert_clean(path)
+
+
+async def test_clusters_with_two_users_stay_as_they_are(tmp_path: Path) -> None:
+    image = _make(path := tmp_path / "image")
+    table = _table(image, path)
+    image[table : table + 8] = image[table + 8 : table + 16]
+    path.write_bytes(image)
+    result = await _check(path, Repair.ALL)
+    assert result.corruptions == qemu_check(path)["corruptions"] == 1
+    assert (await _content(path))[0] == (await _content(path))[1]
+    ok(qemu_img("info", path))
+
+
+async def test_a_power_cut_during_a_repair_leaves_what_can_be_repaired(tmp_path: Path) -> None:
+    image = _make(path := tmp_path / "image")
+    table = _table(image, path)
+    _put(image, table + 8 * 3, FAR)
+    _put(image, table + 8 * 7, 0)
+    path.write_bytes(image)
+    before = await _content(path)
+    storage = RecordingStorage(bytes(image))
+    await (await qed.open_image(storage, for_repair=True)).check(Repair.ALL)
+    for content in [*storage.prefixes(), *storage.cuts(random.Random(1), 3)]:
+        path.write_bytes(content)
+        await _check(path, Repair.ALL)
+        _assert_clean(path)
+        after = await _content(path)
+        assert [new if old is not None else None for old, new in zip(before, after, strict=True)] == before
