@@ -5,6 +5,8 @@ An error's text is one sentence without a full stop, fit to follow ``cowfs: FILE
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CowfsError(Exception):
@@ -91,3 +93,13 @@ class StorageError(CowfsError):
         """Say which operation on ``file`` the operating system refused, in its own words."""
         number = error.errno or cls.errno
         return cls(f"{doing}: {os.strerror(number)}", errno=number, file=file)
+
+
+@contextmanager
+def blaming(file: str) -> Iterator[None]:
+    """Let errors that name no file name this one."""
+    try:
+        yield
+    except CowfsError as error:
+        error.file = error.file or file
+        raise

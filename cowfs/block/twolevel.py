@@ -18,6 +18,9 @@ from cowfs.block.metacache import MetadataCache, Table
 from cowfs.block.quiescence import Mark, Readers
 from cowfs.errors import Unsupported
 
+#: references that were given up in memory and wait for a flush
+MAX_DROPPED = 1 << 16
+
 
 class _Dropped(NamedTuple):
     """A reference that was given up: an L2 entry as it stood, or the host offset of an L2 table."""
@@ -245,7 +248,7 @@ class TwoLevelImage(Image):
     async def reserve(self, offset: int, length: int) -> Reservation:
         """Take clusters in runs as long as the space allows; runs of requests side by side do not wait."""
         await self.prepare()
-        await self.tables.relieve()
+        await self._relieve()
         reservation = Reservation()
         try:
             for span in self.spans(offset, length):
@@ -256,6 +259,12 @@ class TwoLevelImage(Image):
             self.release(reservation)
             raise
         return reservation
+
+    async def _relieve(self) -> None:
+        """Bound what waits in memory for a flush; called before more comes to it."""
+        await self.tables.relieve()
+        if len(self._dropped) > MAX_DROPPED:
+            await self.flush()
 
     async def _reserve_span(self, reservation: Reservation, span: Span, table: Table) -> None:
         runs = reservation.runs
@@ -325,8 +334,8 @@ class TwoLevelImage(Image):
 
     async def _set_all(self, offset: int, length: int, value: int) -> None:
         await self.prepare()
-        await self.tables.relieve()
         for span in self.spans(offset, length):
+            await self._relieve()
             if not value and not self.table_offset(self.l1.entries[span.l1_index]):
                 continue
             table = await self._writable_table(span.l1_index)

@@ -4,9 +4,8 @@ import click
 
 from cowfs.cli.jobs import run_live, run_offline
 from cowfs.cli.live import find_live
-from cowfs.cli.options import quiet_option
+from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
-from cowfs.units import parse_size
 
 
 @click.command()
@@ -31,7 +30,7 @@ def command(file: str, format: str | None, speed: str, no_wait: bool, progress: 
       cowfs commit /mnt/disks/vm1
       cowfs commit overlay.qcow2
     """
-    limit = parse_size(speed)
+    limit = parse_size_for(file, speed) or 0
     live = find_live(file)
     if live is not None:
         if format is not None:

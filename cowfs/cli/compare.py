@@ -9,6 +9,7 @@ import trio
 from cowfs.block.chain import Piece
 from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
+from cowfs.cli.meter import Meter
 from cowfs.cli.options import quiet_option
 from cowfs.formats.chain import open_disk
 
@@ -58,32 +59,15 @@ def command(
     Example:
       cowfs compare vm1.qcow2 copy-of-vm1.raw
     """
-    same, lines = trio.run(_compare, (first, format), (second, second_format), strict, _Meter(progress and not quiet))
+    meter = Meter("compare", shown=progress and not quiet)
+    same, lines = trio.run(_compare, (first, format), (second, second_format), strict, meter)
     if not quiet:
         click.echo("\n".join(lines))
     return 0 if same else DIFFERENT
 
 
-class _Meter:
-    """Progress in the way of ``qemu-img -p``, a whole percent at a time."""
-
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-        self._last = -1
-
-    def show(self, done: int, total: int) -> None:
-        percent = 100 * done // total if total else 100
-        if self.shown and percent != self._last:
-            self._last = percent
-            click.echo(f"    ({percent}.00/100%)\r", nl=False)
-
-    def end(self) -> None:
-        if self.shown:
-            click.echo()
-
-
 async def _compare(
-    first: tuple[str, str | None], second: tuple[str, str | None], strict: bool, meter: _Meter
+    first: tuple[str, str | None], second: tuple[str, str | None], strict: bool, meter: Meter
 ) -> tuple[bool, list[str]]:
     """Open both; whether they are the same, and the lines that say so."""
     a = await open_disk(*first)
@@ -98,7 +82,7 @@ async def _compare(
         await a.close()
 
 
-async def _verdict(a: Disk, b: Disk, strict: bool, meter: _Meter) -> tuple[bool, list[str]]:
+async def _verdict(a: Disk, b: Disk, strict: bool, meter: Meter) -> tuple[bool, list[str]]:
     if strict and a.size != b.size:
         return False, ["Strict mode: Image size mismatch!"]
     common, total = min(a.size, b.size), max(a.size, b.size)
@@ -111,7 +95,7 @@ async def _verdict(a: Disk, b: Disk, strict: bool, meter: _Meter) -> tuple[bool,
     return difference is None, [*lines, difference or "Images are identical."]
 
 
-async def _difference(a: Disk, b: Disk, start: int, end: int, strict: bool, meter: _Meter) -> str | None:
+async def _difference(a: Disk, b: Disk, start: int, end: int, strict: bool, meter: Meter) -> str | None:
     """Return the sentence that tells the first difference; None if there is none."""
     for position in range(start, end, WINDOW):
         length = min(WINDOW, end - position)

@@ -1,6 +1,5 @@
 """``cowfs create``: make a new image."""
 
-import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -8,10 +7,11 @@ import click
 import trio
 
 from cowfs.block.image import Backing
+from cowfs.cli.creation import asks_for_help, creation_options, list_options, parse_options, split_options, take_backing
 from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
 from cowfs.formats.create import create_image
-from cowfs.formats.registry import Format, format_named
+from cowfs.formats.registry import format_named
 
 
 @click.command()
@@ -23,9 +23,7 @@ from cowfs.formats.registry import Format, format_named
 )
 @click.option("-F", "--backing-format", metavar="BFMT", help="Format of the backing file; -b needs it.")
 @click.option("-u", "--unsafe", is_flag=True, help="Do not look at the backing file; it need not exist yet.")
-@click.option(
-    "-o", "--options", metavar="KEY=VALUE,…", multiple=True, help="Options of the format; '-o help' lists them."
-)
+@creation_options
 @quiet_option
 @click.argument("file", metavar="FILE", required=False)
 @click.argument("size", metavar="[SIZE]", required=False)
@@ -53,52 +51,20 @@ def command(
       cowfs create -f qcow2 -o cluster_size=128k,lazy_refcounts=on big.qcow2 1T
       cowfs create -f qcow2 -o help
     """
-    words = [word for text in options for word in _split(text)]
-    if "help" in words or "?" in words:
-        _list_options(format_named(format))
+    words = split_options(options)
+    if asks_for_help(words):
+        list_options(format_named(format))
         return
     if file is None:
         raise click.UsageError("Missing argument 'FILE'.", click.get_current_context())
-    chosen = _parse(words, file)
-    link = _backing(file, backing, backing_format, chosen)
+    chosen = parse_options(words, file)
+    link = take_backing(file, backing, backing_format, chosen)
     if size is not None and "size" in chosen:
         raise UsageError("the size is given twice", file=file)
     wanted = parse_size_for(file, chosen.pop("size", size))
     made = trio.run(partial(create_image, file, format, wanted, link, chosen, trust_backing=unsafe))
     if not quiet:
         click.echo(_summary(file, format, made, link, chosen))
-
-
-def _split(text: str) -> list[str]:
-    """Cut at single commas; a double one stands for a comma in a value."""
-    return [word.replace(",,", ",") for word in re.split(r"(?<!,),(?:,,)*(?!,)", text)]
-
-
-def _parse(words: list[str], file: str) -> dict[str, str]:
-    options = {}
-    for word in words:
-        name, sign, value = word.partition("=")
-        if not sign or not name:
-            raise UsageError(f"'{word}' is no option; write KEY=VALUE", file=file)
-        options[name] = value
-    return options
-
-
-def _backing(file: str, name: str | None, format: str | None, options: dict[str, str]) -> Backing | None:
-    """Return the backing file that the options stand for, taking what ``-o`` says of it out."""
-    names = [text for text in (name, options.pop("backing_file", None)) if text is not None]
-    formats = [text for text in (format, options.pop("backing_fmt", None)) if text is not None]
-    if len(set(names)) > 1 or len(set(formats)) > 1:
-        raise UsageError("the backing file or its format is given twice", file=file)
-    if formats and not names:
-        raise UsageError("a backing format makes no sense without a backing file", file=file)
-    return Backing(names[0], formats[0] if formats else None) if names else None
-
-
-def _list_options(format: Format) -> None:
-    click.echo(f"Supported {format.name} options:")
-    for name, help in sorted(format.options.items()):
-        click.echo(f"  {name:<22} - {help}")
 
 
 def _summary(file: str, format: str, size: int, backing: Backing | None, options: Mapping[str, str]) -> str:

@@ -19,6 +19,13 @@ format_option = click.option(
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 
+def cache_option(short: str, long: str, of_what: str) -> Callable[[Function], Function]:
+    """Add an option for a cache mode, which means nothing: cowfs always caches, and always flushes at the end."""
+    modes = click.Choice(["none", "writeback", "writethrough", "directsync", "unsafe"])
+    text = f"Cache mode {of_what}, as in qemu-img; taken, and means nothing."
+    return click.option(short, long, type=modes, expose_value=False, help=text)
+
+
 def output_options(function: Function) -> Function:
     """Add ``--output`` and ``--json``, which arrive as ``output``, "human" or "json"."""
     choice = click.option(

@@ -44,7 +44,7 @@ async def create_image(
     options = options or {}
     try:
         driver = format_named(format)
-        existing = await _identity(name)
+        existing = await existing_identity(name)
         if backing is not None and backing.format is not None:
             format_named(backing.format)
         if backing is not None and not trust_backing:
@@ -61,7 +61,7 @@ async def create_image(
     return size
 
 
-async def _identity(name: str) -> Identity | None:
+async def existing_identity(name: str) -> Identity | None:
     """Return what an existing file is, having seen that it can be written; None if there is none."""
     try:
         storage = await open_storage(name, writable=True)

@@ -40,6 +40,11 @@ class Storage(ABC):
         return (self.name,)
 
     @property
+    def keeps_old_bytes(self) -> bool:
+        """Whether making it anew leaves what was there before, as on a block device; else it starts out empty."""
+        return False
+
+    @property
     @abstractmethod
     def allocated(self) -> int:
         """Bytes of the host's space that it takes, as ``st_blocks`` tells."""

@@ -98,6 +98,11 @@ class FileStorage(Storage):
         return self._identity
 
     @property
+    def keeps_old_bytes(self) -> bool:
+        """A block device cannot be emptied."""
+        return self._is_device
+
+    @property
     def allocated(self) -> int:
         """Bytes of host space, from ``st_blocks``; the size, on a block device."""
         return self.length if self._is_device else os.fstat(self._fd).st_blocks * 512

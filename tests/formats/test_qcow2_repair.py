@@ -16,7 +16,7 @@ from cowfs.block.check import CheckResult, Repair
 from cowfs.errors import CorruptImage, CowfsError, ReadOnly, StorageError
 from cowfs.formats import qcow2
 from cowfs.formats.chain import open_disk, open_image
-from cowfs.formats.qcow2.check import pack_counts, unpack_counts
+from cowfs.formats.qcow2.blocks import pack_counts, unpack_counts
 
 
 def qemu_check(path: Path, *options: str) -> dict[str, Any]:

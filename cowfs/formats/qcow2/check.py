@@ -16,6 +16,7 @@ import trio
 from cowfs.block.check import CheckResult
 from cowfs.block.metacache import MetadataCache, Table
 from cowfs.errors import CorruptImage, Unsupported
+from cowfs.formats.qcow2.blocks import Counts, unpack_counts
 from cowfs.formats.qcow2.compressed import SECTOR
 from cowfs.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
@@ -36,7 +37,6 @@ from cowfs.storage.base import Storage
 
 Entries = npt.NDArray[np.uint64]
 Clusters = npt.NDArray[np.int64]
-Counts = npt.NDArray[np.unsignedinteger]
 Flags = npt.NDArray[np.bool_]
 
 #: host clusters; more cannot be counted in reasonable memory
@@ -78,26 +78,6 @@ async def survey(
     found = Survey(storage, header, tables, l1, refcount_table)
     await found.run(count_refcounts=count_refcounts)
     return found
-
-
-def unpack_counts(block: bytes, order: int) -> Counts:
-    """Reference counts of a block ("Host cluster management"), each 2^order bits wide."""
-    if order >= 3:
-        return np.frombuffer(block, f">u{1 << order - 3}")
-    width = 1 << order
-    packed = np.frombuffer(block, np.uint8)
-    return np.stack([packed >> shift & (1 << width) - 1 for shift in range(0, 8, width)], axis=1).reshape(-1)
-
-
-def pack_counts(counts: Counts, order: int) -> bytes:
-    """Opposite of `unpack_counts`; the number of counts fills whole bytes."""
-    if order >= 3:
-        return counts.astype(f">u{1 << order - 3}").tobytes()
-    width = 1 << order
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    parts = counts.astype(np.uint8).reshape(-1, len(shifts)) << shifts
-    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts, axis=1).astype(np.uint8)
-    return packed.tobytes()
 
 
 class Survey:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cowfs.errors import CorruptImage, Unsupported
-from cowfs.formats.qcow2.check import unpack_counts
+from cowfs.formats.qcow2.blocks import unpack_counts
 from cowfs.formats.qcow2.layout import REFCOUNT_BLOCK_MASK, Header
 from cowfs.storage.base import Storage
 

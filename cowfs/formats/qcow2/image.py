@@ -4,6 +4,8 @@ from array import array
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from cowfs.block.check import CheckResult, Repair
@@ -40,6 +42,8 @@ from cowfs.storage.base import Storage
 
 #: bytes of unpacked clusters that one image remembers
 UNPACKED_BYTES = 4 << 20
+#: part of the file that may wait to become free before the file grows
+MAX_PENDING = 64
 
 
 class Qcow2Image(TwoLevelImage):
@@ -72,6 +76,8 @@ class Qcow2Image(TwoLevelImage):
         self.update_marks()
         self._has_zero_flag = header.version >= 3
         self._unpacked: OrderedDict[int, bytes] = OrderedDict()
+        #: where the guest's and the host's clusters ended that were allocated last: bytes, host cluster
+        self._last = (-1, 0)
         #: whether the backing file is being changed in the header, or that has failed
         self._rewriting = False
 
@@ -87,7 +93,9 @@ class Qcow2Image(TwoLevelImage):
             size = header.refcount_table_clusters << self.cluster_bits
             entries = await tables.read(header.refcount_table_offset, size, "Q", "refcount table")
         counts = tables.keep(Table(header.refcount_table_offset, entries, Level.COUNTS_LINK, fresh=False))
-        self.refcounts = Refcounts(header, self.storage, tables, counts, self.sector, self._drop_area)
+        self.refcounts = Refcounts(
+            header, self.storage, tables, counts, self.sector, self._drop_area, self._tables_in_use
+        )
         self._packed = compressed.PackedWriter(self.storage, self.refcounts, self.cluster_bits)
 
     async def reload(self) -> None:
@@ -176,6 +184,45 @@ class Qcow2Image(TwoLevelImage):
         """Up to ``count`` clusters; see `Refcounts.allocate`."""
         first, taken = await self.refcounts.allocate(count)
         return first << self.cluster_bits, taken
+
+    async def allocate_data(self, offset: int, count: int) -> tuple[int, int]:
+        """Go on where the cluster before lies, if there is room; see `Refcounts.choose`."""
+        after = self._continuation(offset)
+        if self.refcounts.would_grow(count, after) and self._is_much(len(self._dropped) + len(self._freeing)):
+            # rather wait than let the file grow by what is free but not durably so
+            await self.flush()
+        first, taken = await self.refcounts.allocate(count, after)
+        self._last = offset + (taken << self.cluster_bits), first + taken
+        return first << self.cluster_bits, taken
+
+    def _continuation(self, offset: int) -> int | None:
+        """Return the host cluster that follows the one of the guest's cluster before an offset."""
+        if self._last[0] == offset:
+            return self._last[1]
+        if not offset & ((1 << self.cluster_bits + self.table_bits) - 1):
+            return None
+        index = offset >> self.cluster_bits
+        table = self.tables.get(self.table_offset(self.l1.entries[index >> self.table_bits]))
+        if table is None:
+            return None
+        entry = table.entries[((index - 1) & ((1 << self.table_bits) - 1)) * self.header.entry_words]
+        host = 0 if entry & COMPRESSED else (entry & OFFSET_MASK) >> self.cluster_bits
+        return host + 1 if host else None
+
+    def _is_much(self, clusters: int) -> bool:
+        return clusters > self.refcounts.end // MAX_PENDING
+
+    def _tables_in_use(self) -> npt.NDArray[np.int64]:
+        """Host clusters of L1 and L2 tables."""
+        first = self.l1.offset >> self.cluster_bits
+        own = np.arange(first, first + -(-self.l1.size >> self.cluster_bits))
+        places = np.frombuffer(self.l1.entries, np.uint64) & np.uint64(OFFSET_MASK)
+        return np.concatenate([own, (places[places != 0] >> np.uint64(self.cluster_bits)).astype(np.int64)])
+
+    async def settle(self) -> None:
+        """Besides, cut off what has become free at the end of the file."""
+        await super().settle()
+        await self.refcounts.trim()
 
     async def allocate_table(self) -> int:
         """An L2 table is one cluster."""

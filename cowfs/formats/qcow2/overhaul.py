@@ -18,7 +18,7 @@ import trio
 from cowfs.block.freespace import FreeRuns
 from cowfs.errors import CorruptImage, Unsupported
 from cowfs.formats.qcow2 import compressed
-from cowfs.formats.qcow2.check import pack_counts
+from cowfs.formats.qcow2.blocks import pack_counts
 from cowfs.formats.qcow2.counts import Clusters, CountChanges
 from cowfs.formats.qcow2.layout import (
     COMPRESSED,

@@ -9,11 +9,25 @@ import errno
 from array import array
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
+import trio
+
 from cowfs.block.freespace import FreeRuns
 from cowfs.block.metacache import Level, MetadataCache, Table
 from cowfs.errors import CorruptImage, StorageError
+from cowfs.formats.qcow2.blocks import Counts, unpack_counts
 from cowfs.formats.qcow2.layout import MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, Header
 from cowfs.storage.base import Storage
+
+#: clusters that are searched for free ones before the file grows
+SEARCH_CLUSTERS = 1 << 15
+#: runs of free clusters that are remembered; the others are found again in the blocks
+MAX_RUNS = 1 << 16
+#: clusters that a run must have to be taken for what goes on from something
+LONG_RUN = 16
+#: the file grows rather than that data is scattered, unless more than this part of it is free
+MAX_WASTE = 16
 
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
@@ -29,8 +43,13 @@ class Refcounts:
         table: Table,
         sector: Table,
         on_outgrown: Callable[[int, int], None],
+        tables_in_use: Callable[[], npt.NDArray[np.int64]],
     ) -> None:
-        """``sector`` is the header's; ``on_outgrown`` is told (offset, bytes) of a refcount table left behind."""
+        """``sector`` is the header's; ``on_outgrown`` is told (offset, bytes) of a refcount table left behind.
+
+        ``tables_in_use`` names the clusters of L1 and L2 tables.
+        """
+        self._tables_in_use = tables_in_use
         self._tables = tables
         self._on_outgrown = on_outgrown
         self._storage = storage
@@ -40,9 +59,17 @@ class Refcounts:
         self._order = header.refcount_order
         self._block_bits = header.cluster_bits + 3 - header.refcount_order
         self._typecode = _TYPECODES.get(header.refcount_order, "B")
-        self._free = FreeRuns()
-        self._returned: list[int] = []
         self._next = -(-storage.length >> header.cluster_bits)
+        #: free clusters below the end that are known of; the blocks from ``_unseen`` on were not looked at yet
+        self._free = FreeRuns()
+        self._unseen = 0
+        #: clusters whose count is 0 and that may not be handed out yet, and those of them that wait for `give_back`
+        self._held: set[int] = set()
+        self._returned: list[int] = []
+        #: whether anything became free that might lie at the end
+        self._freed = False
+        #: set while the file is being cut off
+        self._trimming: trio.Event | None = None
 
     @property
     def end(self) -> int:
@@ -97,25 +124,79 @@ class Refcounts:
             stale = self._tables.get(cluster << self._cluster_bits)
             if stale is not None:
                 self._tables.forget(stale)
+            self._held.add(cluster)
             self._returned.append(cluster)
+
+    async def fetch(self, cluster: int) -> None:
+        """Bring the count of a cluster into memory, if it has one."""
+        offset = self._block_offset(cluster)
+        if offset:
+            await self._load(offset)
+
+    def share(self, cluster: int) -> bool:
+        """Count one more reference to a cluster in use, at once; False if its count is as high as it goes.
+
+        Also if the cluster is not in use, or its count not in memory.
+        """
+        offset = self._block_offset(cluster)
+        block = self._tables.get(offset) if offset else None
+        if block is None:
+            return False
+        count = self._get(block, cluster)
+        if not 0 < count < (1 << (1 << self._order)) - 1:
+            return False
+        self._set(block, cluster, count + 1)
+        return True
 
     async def give_back(self) -> None:
         """Punch holes where clusters became free, and only then let them be allocated again."""
         returned, self._returned = sorted(self._returned), []
-        runs = FreeRuns()
-        for cluster in returned:
-            runs.add(cluster, 1)
-        for start, count in runs:
+        self._freed = self._freed or bool(returned)
+        for start, count in _runs(np.array(returned, np.int64)):
             await self._storage.punch(start << self._cluster_bits, count << self._cluster_bits)
-            self._free.add(start, count)
+            self._held.difference_update(range(start, start + count))
+            if len(self._free) < MAX_RUNS:
+                self._free.add(start, count)
+            else:
+                self._unseen = min(self._unseen, start >> self._block_bits)
 
     # -- allocating
 
-    async def allocate(self, count: int) -> tuple[int, int]:
-        """Take up to ``count`` adjacent clusters: (first, how many), their count set to 1 in one breath."""
+    def choose(self, count: int, after: int | None = None) -> tuple[int, int]:
+        """Say which clusters `allocate` would take next, from what is known: (first, how many)."""
+        run = self._free.around(after) if after is not None else None
+        if run is not None and after is not None:
+            return after, min(count, sum(run) - after)
+        # what continues something shall find room to go on
+        start = self._free.fitting(count if after is None else max(count, LONG_RUN))
+        if start is not None:
+            return start, count
+        longest = self._free.longest()
+        if longest is not None and self._free.total > self._next // MAX_WASTE:
+            return longest[0], min(count, longest[1])
+        return self._next, count
+
+    def would_grow(self, count: int, after: int | None = None) -> bool:
+        """Whether `allocate` would take new clusters at the end of the file."""
+        return self.choose(count, after)[0] >= self._next
+
+    async def allocate(self, count: int, after: int | None = None) -> tuple[int, int]:
+        """Take up to ``count`` adjacent clusters: (first, how many), their count set to 1 in one breath.
+
+        ``after`` is the cluster that would continue what lies before on the guest's disk. Before the file grows,
+        a part of it that was not looked at is searched for free clusters.
+        """
+        searched = False
         while True:
-            first, wanted = self._free.peek(count) or (self._next, count)
+            if self._trimming is not None:
+                await self._trimming.wait()
+                continue
+            first, wanted = self.choose(count, after)
             reused = first < self._next
+            if not reused and not searched:
+                searched = True
+                await self._search()
+                continue
             offset = self._block_offset(first)
             if not offset:
                 await self._extend(0)
@@ -131,6 +212,81 @@ class Refcounts:
                 self._next = first + max(taken, 1)
             if taken:
                 return first, taken
+
+    async def _search(self) -> None:
+        """Look for free clusters in the next blocks that were not looked at since the image was opened."""
+        for _ in range(max(1, SEARCH_CLUSTERS >> self._block_bits)):
+            index = self._unseen
+            if index << self._block_bits >= self._next or len(self._free) >= MAX_RUNS:
+                return
+            offset = self._block_offset(index << self._block_bits)
+            block = await self._load(offset) if offset else None
+            # no await from here: what is found must be true when it is entered
+            if self._unseen == index:
+                self._unseen += 1
+                if block is not None:
+                    self._learn(index, block)
+
+    def _learn(self, index: int, block: Table) -> None:
+        start = index << self._block_bits
+        free = np.flatnonzero(self._counts(block)[: max(0, self._next - start)] == 0) + start
+        if self._held:
+            free = free[~np.isin(free, np.fromiter(self._held, np.int64))]
+        wrong = free[np.isin(free, self._in_use())]
+        if len(wrong):
+            raise CorruptImage(
+                f"host cluster {int(wrong[0])} holds a table but has no reference count;"
+                " repair it with 'cowfs check -r all'",
+                file=self._storage.name,
+            )
+        self._free.discard(start, start + (1 << self._block_bits))
+        for first, count in _runs(free):
+            self._free.add(first, count)
+
+    def _counts(self, block: Table) -> Counts:
+        if self._order >= 3:
+            return np.frombuffer(block.entries, block.entries.typecode)
+        return unpack_counts(block.entries.tobytes(), self._order)
+
+    def _in_use(self) -> npt.NDArray[np.int64]:
+        """Clusters that hold metadata, whatever their counts say."""
+        first = self.table.offset >> self._cluster_bits
+        table = np.arange(first, first + (self.table.size >> self._cluster_bits))
+        blocks = np.frombuffer(self.table.entries, np.uint64) & np.uint64(OFFSET_MASK)
+        places = (blocks[blocks != 0] >> np.uint64(self._cluster_bits)).astype(np.int64)
+        return np.concatenate([np.zeros(1, np.int64), table, places, self._tables_in_use()])
+
+    async def trim(self) -> None:
+        """Cut free clusters off the end of the file; that they are free is on disk, and nobody writes meanwhile."""
+        if not self._freed or self._trimming is not None:
+            return
+        self._trimming = trio.Event()
+        try:
+            end = await self._used_end()
+            self._freed = False
+            if end < self._next:
+                self._free.discard(end, self._next)
+                self._next = end
+                if end << self._cluster_bits < self._storage.length:
+                    await self._storage.truncate(end << self._cluster_bits)
+        finally:
+            self._trimming.set()
+            self._trimming = None
+
+    async def _used_end(self) -> int:
+        """Return the first cluster behind all that are in use, or held."""
+        end = self._next
+        while end:
+            start = end - 1 >> self._block_bits << self._block_bits
+            offset = self._block_offset(start)
+            if offset:
+                used = np.flatnonzero(self._counts(await self._load(offset))[: end - start])
+                last = start + int(used[-1]) if len(used) else -1
+                last = max([last, *(cluster for cluster in self._held if cluster < end)])
+                if last >= start:
+                    return last + 1
+            end = start
+        return end
 
     async def allocate_adjacent(self, count: int) -> int:
         """Take exactly ``count`` adjacent clusters at the end of the file, for a table; returns the first."""
@@ -227,3 +383,13 @@ class Refcounts:
         for position, value in enumerate(packed, start=48):
             self._sector.set(position, value)
         self._on_outgrown(old.offset, old.size)
+
+
+def _runs(clusters: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Join clusters in ascending order that follow each other: (first, count)."""
+    if not len(clusters):
+        return []
+    edges = np.flatnonzero(np.diff(clusters) != 1) + 1
+    starts = clusters[np.concatenate(([0], edges))]
+    counts = np.diff(np.concatenate(([0], edges, [len(clusters)])))
+    return list(zip(starts.tolist(), counts.tolist(), strict=True))

@@ -20,16 +20,14 @@ import numpy as np
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.metacache import Level, Table
 from cowfs.errors import Unsupported
+from cowfs.formats.qcow2.blocks import Counts, pack_counts, unpack_counts
 from cowfs.formats.qcow2.check import (
     Clusters,
-    Counts,
     Entries,
     Flags,
     Survey,
     check,
-    pack_counts,
     survey,
-    unpack_counts,
 )
 from cowfs.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
