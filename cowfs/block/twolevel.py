@@ -11,6 +11,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from cowfs.block.alignment import align_up
 from cowfs.block.extent import NO_OFFSET, Extent, Kind, continues, merge
 from cowfs.block.image import Image, Reservation, Run
@@ -344,6 +346,14 @@ class TwoLevelImage(Image):
                     self._set_entry(table, index, value)
             finally:
                 table.pins -= 1
+            if not value:
+                self._drop_if_empty(span.l1_index, table)
+
+    def _drop_if_empty(self, l1_index: int, table: Table) -> None:
+        """Let go of an L2 table that maps nothing, unless somebody is about to enter something."""
+        if not table.pins and not np.frombuffer(table.entries, np.uint64).any():
+            self.l1.set(l1_index, 0)
+            self.drop_table(table.offset)
 
     def _set_entry(self, table: Table, index: int, value: int) -> None:
         if table.entries[index] != value:

@@ -223,9 +223,9 @@ class Refcounts:
             block = await self._load(offset) if offset else None
             # no await from here: what is found must be true when it is entered
             if self._unseen == index:
-                self._unseen += 1
                 if block is not None:
                     self._learn(index, block)
+                self._unseen += 1
 
     def _learn(self, index: int, block: Table) -> None:
         start = index << self._block_bits
@@ -235,7 +235,7 @@ class Refcounts:
         wrong = free[np.isin(free, self._in_use())]
         if len(wrong):
             raise CorruptImage(
-                f"host cluster {int(wrong[0])} holds a table but has no reference count;"
+                f"has a table in host cluster {int(wrong[0])}, which counts as free;"
                 " repair it with 'cowfs check -r all'",
                 file=self._storage.name,
             )
@@ -290,6 +290,8 @@ class Refcounts:
 
     async def allocate_adjacent(self, count: int) -> int:
         """Take exactly ``count`` adjacent clusters at the end of the file, for a table; returns the first."""
+        while self._trimming is not None:
+            await self._trimming.wait()
         return await self._extend(count)
 
     def _claim(self, block: Table, first: int, wanted: int) -> int:
