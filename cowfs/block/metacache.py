@@ -30,8 +30,10 @@ from cowfs.storage.base import Storage
 
 #: bytes; the grain in which dirt is tracked and written
 PAGE = 4096
-#: bytes of clean tables that one image keeps, by default
+#: bytes of tables that one image keeps, by default
 DEFAULT_BOUND = 32 << 20
+#: tables that fit in at the least, however large they are
+MIN_TABLES = 8
 
 ByteOrder = Literal["little", "big"]
 
@@ -100,7 +102,8 @@ class MetadataCache:
         #: a second storage, for guest data that tables of this one point to: flushed before they are written
         self.data_storage: Storage | None = None
         self._order: ByteOrder = order
-        self._bound = bound
+        #: bytes of tables that are kept, beside those that stay as long as the image is open
+        self.bound = bound
         self._bytes = 0
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._kept: list[Table] = []
@@ -174,28 +177,38 @@ class MetadataCache:
             self.forget(replaced)
         self._tables[table.offset] = table
         self._bytes += table.size
-        if self._bytes > self._bound:
-            self._evict()
+        if self._bytes > self.bound:
+            self._evict(self.bound)
 
-    def _evict(self) -> None:
-        """Drop clean tables that nobody pins, least recently used first, down to the bound."""
-        excess = self._bytes - self._bound
+    def _evict(self, goal: int) -> None:
+        """Drop clean tables that nobody pins, least recently used first, until ``goal`` bytes are left."""
         newest = next(reversed(self._tables), None)
-        victims = []
-        for offset, table in self._tables.items():
-            if excess <= 0:
-                break
-            if not (table.dirty or table.pins or offset == newest):
-                victims.append(offset)
-                excess -= table.size
-        for offset in victims:
-            self._bytes -= self._tables.pop(offset).size
+        for _ in range(len(self._tables)):
+            if self._bytes <= goal:
+                return
+            offset, table = next(iter(self._tables.items()))
+            if table.dirty or table.pins or offset == newest:
+                # out of the way, so that the next search does not meet it again
+                self._tables.move_to_end(offset)
+            else:
+                self._bytes -= self._tables.pop(offset).size
 
     async def relieve(self) -> None:
-        """Flush if dirty tables alone fill the cache; called before more are dirtied."""
-        if self._bytes > 2 * self._bound:
-            await self.flush()
-            self._evict()
+        """Leave a quarter of the bound free, flushing if need be; called before more tables are dirtied.
+
+        So whoever then loads and dirties less than that stays within the bound.
+        """
+        goal = self.bound - self.bound // 4
+        if self._bytes > goal:
+            self._evict(goal)
+            if self._bytes > goal and self.is_dirty:
+                await self.flush()
+                self._evict(goal)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the tables in memory, without those that stay as long as the image is open."""
+        return self._bytes
 
     @property
     def is_dirty(self) -> bool:

@@ -414,6 +414,7 @@ class TwoLevelImage(Image):
         ready = [reference for reference, mark in self._freeing if mark.passed]
         self._freeing = waiting
         while ready:
+            await self.tables.relieve()
             reference = ready.pop()
             if reference.is_table:
                 await self.free_table(reference.value)

@@ -24,7 +24,8 @@ class Open(Protocol):
     ) -> Awaitable[Image]:
         """Read the header; raises `InvalidImage`, `CorruptImage` or `Unsupported`.
 
-        ``cache_size`` bounds the bytes of tables that are kept in memory, beside those that always are.
+        ``cache_size`` bounds the bytes of tables that are kept in memory, beside those that always are; eight
+        tables fit in however small it is.
         ``for_repair`` opens images too that are too damaged to be written, for a check and nothing else.
         """
 

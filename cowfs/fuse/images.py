@@ -209,6 +209,7 @@ class Mount:
                 writable=writable,
                 copy_on_read=self.settings.copy_on_read,
                 flush_interval=self.settings.flush_interval,
+                cache_size=self.settings.cache_size,
                 vet=self._refuse_inside,
                 snapshot=self.settings.snapshot,
             )

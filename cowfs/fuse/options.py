@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cowfs.block.disk import FLUSH_INTERVAL
+from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import UsageError
 from cowfs.formats.registry import format_named
+from cowfs.units import parse_size
+
+#: bytes; less would have tables read again and again
+MIN_CACHE_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Settings:
     format: str | None = None
     snapshot: str | None = None
     flush_interval: float = FLUSH_INTERVAL
+    #: bytes of tables that each image file keeps in memory
+    cache_size: int = DEFAULT_BOUND
     log: str | None = None
     #: flags of mount(2) by their names, passed on as they are
     flags: frozenset[str] = field(default_factory=frozenset)
@@ -53,6 +60,16 @@ def _interval(text: str) -> float:
     return seconds
 
 
+def _cache_size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except UsageError:
+        size = 0
+    if size < MIN_CACHE_SIZE:
+        raise ValueError("is not a size of at least 1M")
+    return size
+
+
 #: options with a value: name to field, reader (`ValueError` says what is wrong), line of help
 VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "uid": ("uid", _number, "owner of all files, as a number; default: who mounts"),
@@ -61,6 +78,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "format": ("format", lambda text: format_named(text).name, "format of the images; default: told from the file"),
     "snapshot": ("snapshot", str, "internal snapshot, by id or name, that the images are shown as of, read-only"),
     "flush-interval": ("flush_interval", _interval, "seconds between flushes where no fsync comes; default 5"),
+    "cache-size": ("cache_size", _cache_size, "bytes of tables in memory, for each image file; default 32M"),
     "log": ("log", lambda text: str(Path(text).absolute()), "file for messages of the server; default: syslog"),
 }
 

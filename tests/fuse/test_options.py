@@ -14,7 +14,7 @@ def test_nothing_given_gives_the_defaults() -> None:
 
 def test_all_at_once() -> None:
     words = "ro,allow_other,uid=7,gid=8,mode=0640,no-copy-on-read,format=raw,flush-interval=0.5,log=/tmp/l,noatime"
-    assert parse_options([words, "snapshot=a b"]) == Settings(
+    assert parse_options([words, "snapshot=a b", "cache-size=4M"]) == Settings(
         read_only=True,
         allow_other=True,
         uid=7,
@@ -24,6 +24,7 @@ def test_all_at_once() -> None:
         format="raw",
         snapshot="a b",
         flush_interval=0.5,
+        cache_size=4 << 20,
         log="/tmp/l",
         flags=frozenset({"noatime"}),
     )
@@ -37,6 +38,8 @@ def test_the_last_of_two_counts() -> None:
     ("option", "sentence"),
     [
         ("nonsense", "unknown mount option 'nonsense'"),
+        ("cache-size=1023k", "mount option cache-size: '1023k' is not a size of at least 1M"),
+        ("cache-size=all", "mount option cache-size: 'all' is not a size of at least 1M"),
         ("nonsense=1", "unknown mount option 'nonsense'"),
         ("uid", "mount option uid needs a value: uid=…"),
         ("uid=me", "mount option uid: 'me' is not a number from 0 to 4294967294"),

@@ -1,6 +1,6 @@
 """Telling a qcow2 file, and opening it."""
 
-from cowfs.block.metacache import DEFAULT_BOUND, MetadataCache
+from cowfs.block.metacache import DEFAULT_BOUND, MIN_TABLES, MetadataCache
 from cowfs.errors import CowfsError
 from cowfs.formats.qcow2.datafile import ExternalDataImage, ExternalExtendedImage
 from cowfs.formats.qcow2.extended import ExtendedImage
@@ -36,7 +36,12 @@ async def open_image(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_r
             head = await storage.read_bytes(0, min(storage.length, 1 << bits))
         header = parse_header(head, storage.length, for_repair=for_repair)
         kind = _KINDS[header.data_file is not None, header.entry_words]
-        image = kind(storage, header, MetadataCache(storage, "big", bound=cache_size), for_repair=for_repair)
+        image = kind(
+            storage,
+            header,
+            MetadataCache(storage, "big", bound=max(cache_size, MIN_TABLES << header.cluster_bits)),
+            for_repair=for_repair,
+        )
         await image.load(head)
         if not storage.read_only and not for_repair:
             await image.recover()

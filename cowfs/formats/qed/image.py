@@ -10,7 +10,7 @@ from array import array
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import NO_OFFSET, Kind
 from cowfs.block.image import Backing
-from cowfs.block.metacache import DEFAULT_BOUND, Level, MetadataCache, Table
+from cowfs.block.metacache import DEFAULT_BOUND, MIN_TABLES, Level, MetadataCache, Table
 from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, InvalidImage, Unsupported, UsageError
 from cowfs.formats.qed.check import Entries, Scan, check, entries_of, scan
@@ -53,7 +53,7 @@ async def open_image(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_r
     """
     sector = await storage.read_bytes(0, min(SECTOR, storage.length))
     header = parse_header(sector, storage.length)
-    tables = MetadataCache(storage, "little", bound=cache_size)
+    tables = MetadataCache(storage, "little", bound=max(cache_size, MIN_TABLES * header.table_bytes))
     l1 = await tables.read(header.l1_offset, header.table_bytes, "Q", "L1 table")
     image = QedImage(storage, header, tables, sector, l1)
     image.backing = await _read_backing(storage, header)
