@@ -25,7 +25,7 @@ WINDOW = 1 << 30
 STEP = 2 << 20
 #: how many steps are read or packed at a time
 PARALLEL = 4
-#: bytes; zeros are looked for in pieces of this size
+#: bytes; zeros are looked for in pieces of this size, smaller ones if asked for, or whole clusters
 GRAIN = 4096
 
 Progress = Callable[[int, int], None]
@@ -127,7 +127,7 @@ class _Copier:
         return _Step(writes, buffer, area.end)
 
     def _sparse(self, start: int, view: memoryview) -> list[_Write]:
-        grain = max(GRAIN, self.unit)
+        grain = max(min(GRAIN, 1 << self.options.sparse.bit_length() - 1), self.unit)
         # grains lie where clusters do, also for a range that starts inside of one
         head = min(-start % grain, len(view))
         parts = [(0, head), (head, len(view))]

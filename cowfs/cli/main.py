@@ -40,6 +40,7 @@ COMMANDS = {
     "map": Entry("Show which parts of a disk lie where in which file."),
     "compare": Entry("Tell whether two images hold the same disk.", failure=2),
     "convert": Entry("Copy disks into an image of any format.", usage=1),
+    "rebase": Entry("Put an overlay onto another backing file.", usage=1),
     "resize": Entry("Change the size of a disk."),
     "snapshot": Entry("List, make, apply and delete the snapshots inside an image."),
     "mount": Entry("Show chains of images as flat files in a directory."),
