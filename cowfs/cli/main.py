@@ -41,6 +41,7 @@ COMMANDS = {
     "compare": Entry("Tell whether two images hold the same disk.", failure=2),
     "convert": Entry("Copy disks into an image of any format.", usage=1),
     "rebase": Entry("Put an overlay onto another backing file.", usage=1),
+    "measure": Entry("Tell how large an image would be.", usage=1),
     "resize": Entry("Change the size of a disk."),
     "snapshot": Entry("List, make, apply and delete the snapshots inside an image."),
     "mount": Entry("Show chains of images as flat files in a directory."),

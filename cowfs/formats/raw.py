@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
+from cowfs.block.alignment import align_up
+from cowfs.block.disk import Disk
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.image import Backing, Image
+from cowfs.block.joined import SECTOR
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import NotPermitted, Unsupported, UsageError
+from cowfs.formats.measuring import Measured, disk_size
 from cowfs.formats.options import parse_choice, refuse_unknown
 from cowfs.storage.base import Storage
 
@@ -68,6 +72,7 @@ OPTIONS = {
     "size": "size of the disk in bytes, with an optional suffix",
     "preallocation": "off, falloc or full",
 }
+_PREALLOCATION = ("off", "falloc", "full")
 
 
 async def open_image(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_repair: bool = False) -> RawImage:
@@ -85,7 +90,15 @@ async def create(storage: Storage, size: int, backing: Backing | None, options: 
     refuse_unknown("raw", options, OPTIONS)
     if backing is not None:
         raise UsageError("raw images cannot have a backing file")
-    preallocation = parse_choice(options, "preallocation", ("off", "falloc", "full"))
+    preallocation = parse_choice(options, "preallocation", _PREALLOCATION)
     await storage.truncate(size)
     if preallocation != "off":
         await storage.preallocate(size, full=preallocation == "full")
+
+
+async def measure(size: int, source: Disk | None, options: Mapping[str, str]) -> Measured:
+    """Measure a file of ``size`` bytes, or one with the content of ``source``; holes count like data."""
+    refuse_unknown("raw", options, OPTIONS)
+    parse_choice(options, "preallocation", _PREALLOCATION)
+    size = align_up(size, SECTOR) if source is None else disk_size(source)
+    return Measured(size, size)

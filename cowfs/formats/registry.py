@@ -3,10 +3,12 @@
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple, Protocol
 
+from cowfs.block.disk import Disk
 from cowfs.block.image import Backing, Image
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import UsageError
 from cowfs.formats import qcow2, qed, raw
+from cowfs.formats.measuring import Measured
 from cowfs.storage import Storage
 
 #: bytes at the start of a file that are enough to tell its format
@@ -47,14 +49,25 @@ class Format(NamedTuple):
     has_backing: bool
     #: whether clusters can be written packed
     packs: bool = False
+    #: says how large a file would be: bytes of the disk, or a disk to be copied; options. None if nobody knows
+    measure: Callable[[int, Disk | None, Options], Awaitable[Measured]] | None = None
 
 
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        Format("qcow2", qcow2.open_image, qcow2.probe, qcow2.create, qcow2.OPTIONS, has_backing=True, packs=True),
+        Format(
+            "qcow2",
+            qcow2.open_image,
+            qcow2.probe,
+            qcow2.create,
+            qcow2.OPTIONS,
+            has_backing=True,
+            packs=True,
+            measure=qcow2.measure,
+        ),
         Format("qed", qed.open_image, qed.probe, qed.create, qed.OPTIONS, has_backing=True),
-        Format("raw", raw.open_image, raw.probe, raw.create, raw.OPTIONS, has_backing=False),
+        Format("raw", raw.open_image, raw.probe, raw.create, raw.OPTIONS, has_backing=False, measure=raw.measure),
     )
 }
 

@@ -20,6 +20,7 @@ from cowfs.formats.qcow2.blocks import Counts, unpack_counts
 from cowfs.formats.qcow2.compressed import SECTOR
 from cowfs.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
+    BITMAP_ENTRY,
     COMPRESSED,
     COPIED,
     EXTENSION_BITMAPS,
@@ -45,8 +46,6 @@ MAX_CLUSTERS = 1 << 30
 _WINDOW = 1 << 20
 #: type of a reference count by the log2 of its bits
 _COUNT_TYPES = (np.uint8, np.uint8, np.uint8, np.uint8, np.uint16, np.uint32, np.uint64)
-
-_BITMAP_ENTRY = struct.Struct(">QIIBBHI")
 
 
 class Use(IntFlag):
@@ -407,11 +406,11 @@ class Survey:
         directory = await self.storage.read_bytes(offset, size)
         position = 0
         for _ in range(count):
-            if position + _BITMAP_ENTRY.size > size:
+            if position + BITMAP_ENTRY.size > size:
                 self.result.corrupt("bitmap directory is cut off")
                 return
-            table, entries, _, _, _, name, extra = _BITMAP_ENTRY.unpack_from(directory, position)
-            position += -(-(_BITMAP_ENTRY.size + name + extra) // 8) * 8
+            table, entries, _, _, _, name, extra = BITMAP_ENTRY.unpack_from(directory, position)
+            position += -(-(BITMAP_ENTRY.size + name + extra) // 8) * 8
             await self._count_bitmap_table(table, entries)
 
     async def _count_bitmap_table(self, offset: int, entries: int) -> None:

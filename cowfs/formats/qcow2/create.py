@@ -62,7 +62,7 @@ class _Plan(NamedTuple):
 
 async def create(storage: Storage, size: int, backing: Backing | None, options: Mapping[str, str]) -> None:
     """Fill an empty storage with an image of ``size`` bytes. Raises `UsageError` before anything is written."""
-    header, preallocation = _header(size, backing, options)
+    header, preallocation = plan_header(size, backing, options)
     plan = _plan(header)
     bits = header.cluster_bits
     header.refcount_table_offset = 1 << bits
@@ -85,7 +85,11 @@ async def _fill(storage: Storage, data: Storage | None, content: list[bytes], si
         await _preallocate(storage, data, size, preallocation)
 
 
-def _header(size: int, backing: Backing | None, options: Mapping[str, str]) -> tuple[Header, str]:
+def plan_header(size: int, backing: Backing | None, options: Mapping[str, str]) -> tuple[Header, str]:
+    """Return the header that options stand for, without places of tables, and what to preallocate.
+
+    Raises `UsageError` for options that make no sense.
+    """
     refuse_unknown("qcow2", options, OPTIONS)
     version = 3 if parse_choice(options, "compat", _COMPAT) in ("1.1", "v3") else 2
     bits = parse_power(options, "cluster_size", 64 << 10, 512, 2 << 20)

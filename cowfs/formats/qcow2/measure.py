@@ -1,0 +1,78 @@
+"""How large a new qcow2 image would be, by the formulas of QEMU, which counts all metadata of a full image."""
+
+from collections.abc import Mapping
+
+from cowfs.block.alignment import align_up
+from cowfs.block.disk import Disk
+from cowfs.errors import CorruptImage
+from cowfs.formats.measuring import Measured, data_bytes, disk_size
+from cowfs.formats.qcow2.create import plan_header
+from cowfs.formats.qcow2.image import Qcow2Image
+from cowfs.formats.qcow2.layout import AUTOCLEAR_BITMAPS, BITMAP_ENTRY, EXTENSION_BITMAPS, MAX_BITMAP_DIRECTORY, Header
+
+#: bytes of an entry of any table but L2
+_ENTRY = 8
+#: a bitmap that was not closed cleanly; it is not copied
+_IN_USE = 1
+
+
+async def measure(size: int, source: Disk | None, options: Mapping[str, str]) -> Measured:
+    """Measure an image of ``size`` bytes, or one with the content of ``source``. Raises `UsageError` for options.
+
+    Of an overlay nobody knows how much its backing file would share with it: it counts as full.
+    """
+    has_backing = "backing_file" in options
+    chosen = {name: value for name, value in options.items() if name not in ("backing_file", "backing_fmt")}
+    header, preallocation = plan_header(size, None, chosen)
+    required = 0
+    if source is not None:
+        size = disk_size(source)
+        if not has_backing:
+            required = await data_bytes(source, header.cluster_size)
+    size = align_up(size, header.cluster_size)
+    if preallocation in ("falloc", "full") or (source is not None and has_backing):
+        required = size
+    full = size + _metadata(header, size)
+    bitmaps = await _bitmaps(source, header.cluster_size) if header.version >= 3 and source else None
+    return Measured(full - size + required, full, bitmaps)
+
+
+def _metadata(header: Header, size: int) -> int:
+    """Bytes of header, tables and counts for a disk of ``size`` bytes, all of it allocated."""
+    unit = header.cluster_size
+    l2_tables = -(-size // (header.table_entries * unit))
+    tables = unit + l2_tables * unit + align_up(l2_tables * _ENTRY, unit)
+    clusters = (tables + size) // unit
+    per_block, per_table = unit * 8 >> header.refcount_order, unit // _ENTRY
+    table = blocks = 0
+    while True:
+        # counts are counted too
+        before = table, blocks
+        blocks = -(-(clusters + table + blocks) // per_block)
+        table = -(-blocks // per_table)
+        if (table, blocks) == before:
+            return tables + (blocks + table) * unit
+
+
+async def _bitmaps(source: Disk, unit: int) -> int | None:
+    """Bytes that copies of the source's bitmaps would take: section "Bitmaps extension"."""
+    image = source.layers[0].image
+    if not isinstance(image, Qcow2Image) or image.header.version < 3:
+        return None
+    data = next((data for kind, data in image.header.extensions if kind == EXTENSION_BITMAPS), b"")
+    if not image.header.autoclear & AUTOCLEAR_BITMAPS or len(data) < 24:
+        return 0
+    size, offset = int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
+    if size > MAX_BITMAP_DIRECTORY or offset + size > image.storage.length:
+        raise CorruptImage("has a bitmap directory where none can be", file=image.storage.name)
+    entries = await image.storage.read_bytes(offset, size)
+    total = directory = position = 0
+    while position + BITMAP_ENTRY.size <= size:
+        _, _, flags, _, granularity, name, extra = BITMAP_ENTRY.unpack_from(entries, position)
+        position += align_up(BITMAP_ENTRY.size + name + extra, 8)
+        if not flags & _IN_USE:
+            bits = -(-image.size >> min(granularity, 63))
+            clusters = -(-bits // (8 * unit))
+            total += clusters * unit + align_up(clusters * _ENTRY, unit)
+            directory += align_up(BITMAP_ENTRY.size + name, 8)
+    return total + align_up(directory, unit)
