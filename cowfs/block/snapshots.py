@@ -1,6 +1,7 @@
 """Internal snapshots: states of a disk that an image keeps inside itself."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -19,3 +20,19 @@ class InternalSnapshot:
     disk_size: int
     #: instructions that the machine had executed, where they were counted
     icount: int | None
+
+
+class SnapshotKey(NamedTuple):
+    """What a snapshot is looked up by; None is any id, or any name."""
+
+    id: str | None
+    name: str | None
+
+    def __str__(self) -> str:
+        """Tell what is wanted, for messages."""
+        parts = [f"id '{self.id}'"] if self.id is not None else []
+        return " and ".join([*parts, f"name '{self.name}'"] if self.name is not None else parts)
+
+    def fits(self, snapshot: InternalSnapshot) -> bool:
+        """Whether a snapshot is one of those that are meant."""
+        return self.id in (None, snapshot.id) and self.name in (None, snapshot.name)

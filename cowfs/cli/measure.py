@@ -5,9 +5,10 @@ import json
 import click
 import trio
 
+from cowfs.block.snapshots import SnapshotKey
 from cowfs.cli.creation import asks_for_help, creation_options, list_options, parse_options, split_options
-from cowfs.cli.options import output_options, parse_size_for
-from cowfs.errors import Unsupported, UsageError, blaming
+from cowfs.cli.options import output_options, parse_size_for, parse_snapshot_for, snapshot_option
+from cowfs.errors import UsageError, blaming
 from cowfs.formats.chain import open_disk
 from cowfs.formats.measuring import Measured
 from cowfs.formats.registry import Format, format_named
@@ -24,6 +25,7 @@ from cowfs.formats.registry import Format, format_named
     help="Format of the new image; raw if not given.",
 )
 @creation_options
+@snapshot_option
 @click.option("--size", metavar="SIZE", help="Measure an image whose disk has SIZE bytes, instead of a copy of FILE.")
 @output_options
 @click.argument("file", metavar="[FILE]", required=False)
@@ -32,14 +34,15 @@ def command(
     format: str | None,
     target_format: str,
     options: tuple[str, ...],
+    snapshot: str | None,
     size: str | None,
     output: str,
 ) -> None:
     """Tell how many bytes the file of a new image would have: an empty one, or one that FILE was converted to.
 
     'required' is its size when it is made, 'fully allocated' its size once everything on its disk has been
-    written to. Both count metadata generously; compression, and host space that holes do not take, count for
-    nothing. An overlay (-o backing_file=…) counts as if it shared nothing with its backing file.
+    written to. For qcow2 both count metadata generously; compression, and host space that holes do not take,
+    count for nothing. An overlay (-o backing_file=…) counts as if it shared nothing with its backing file.
 
     \b
     Examples:
@@ -53,23 +56,27 @@ def command(
         return
     if (file is None) == (size is None):
         raise click.UsageError("Give either a FILE or --size.", click.get_current_context())
-    if file is None and format is not None:
-        raise UsageError("-f is the format of a FILE, and none is given")
+    if file is None and (format is not None or snapshot is not None):
+        raise UsageError(f"{'-l' if format is None else '-f'} tells something of a FILE, and none is given")
     chosen = parse_options(words, file or target.name)
     chosen.pop("size", None)
     wanted = parse_size_for(file or "--size", size) or 0
-    measured = trio.run(_measure, target, file, format, wanted, chosen)
+    shown = parse_snapshot_for(file or "", snapshot)
+    measured = trio.run(_measure, target, file, format, shown, wanted, chosen)
     click.echo(_render_json(measured) if output == "json" else _render(measured))
 
 
 async def _measure(
-    target: Format, file: str | None, format: str | None, size: int, options: dict[str, str]
+    target: Format,
+    file: str | None,
+    format: str | None,
+    snapshot: str | SnapshotKey | None,
+    size: int,
+    options: dict[str, str],
 ) -> Measured:
-    if target.measure is None:
-        raise Unsupported(f"the size of {target.name} images cannot be measured")
     if file is None:
         return await target.measure(size, None, options)
-    disk = await open_disk(file, format)
+    disk = await open_disk(file, format, snapshot=snapshot)
     try:
         with blaming(file):
             return await target.measure(0, disk, options)

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
+from cowfs.block.snapshots import SnapshotKey
 from cowfs.errors import UsageError
 from cowfs.units import parse_size
 
@@ -17,6 +18,15 @@ format_option = click.option(
 )
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+snapshot_option = click.option(
+    "-l",
+    "--snapshot",
+    "snapshot",
+    metavar="SNAPSHOT",
+    help="Take the disk of FILE as of an internal snapshot: ID, NAME, or snapshot.id=ID,snapshot.name=NAME.",
+)
 
 
 def cache_option(short: str, long: str, of_what: str) -> Callable[[Function], Function]:
@@ -33,6 +43,19 @@ def output_options(function: Function) -> Function:
     )
     short = click.option("--json", "output", flag_value="json", help="The same as --output=json.")
     return choice(short(function))
+
+
+def parse_snapshot_for(file: str, text: str | None) -> str | SnapshotKey | None:
+    """Read what ``-l`` was given: an id or else a name, or both by their keys. Raises `UsageError`."""
+    if text is None or not text.startswith("snapshot."):
+        return text
+    found: dict[str, str] = {}
+    for word in text.split(","):
+        key, sign, value = word.partition("=")
+        if key not in ("snapshot.id", "snapshot.name") or not sign or key in found:
+            raise UsageError(f"'{text}' is no snapshot; write snapshot.id=ID,snapshot.name=NAME", file=file)
+        found[key] = value
+    return SnapshotKey(found.get("snapshot.id"), found.get("snapshot.name"))
 
 
 def parse_size_for(file: str, text: str | None) -> int | None:

@@ -9,7 +9,8 @@ from cowfs.block.disk import FLUSH_INTERVAL, Disk
 from cowfs.block.image import Backing, Image
 from cowfs.block.layer import Layer
 from cowfs.block.metacache import DEFAULT_BOUND
-from cowfs.errors import CowfsError, InvalidImage, Unsupported
+from cowfs.block.snapshots import SnapshotKey
+from cowfs.errors import CowfsError, InvalidImage, NotFound, Unsupported, blaming
 from cowfs.formats.datafile import data_path, open_data
 from cowfs.formats.registry import format_named, open_guessed
 from cowfs.storage import open_storage
@@ -121,12 +122,12 @@ async def open_disk(
     flush_interval: float = FLUSH_INTERVAL,
     cache_size: int = DEFAULT_BOUND,
     vet: Vet | None = None,
-    snapshot: str | None = None,
+    snapshot: str | SnapshotKey | None = None,
 ) -> Disk:
     """Open a chain as a disk. ``writable`` demands that the active layer can be written; see `open_chain`.
 
-    ``snapshot``, an id or name, asks for the disk as of that internal snapshot of the first image, which can only
-    be read. Raises `NotFound` if there is none.
+    ``snapshot``, a key, or a text that is an id or else a name, asks for the disk as of that internal snapshot of
+    the first image, which can only be read. Raises `NotFound` if there is none.
     """
     layers = await open_chain(name, format, writable=writable, cache_size=cache_size, vet=vet)
     try:
@@ -141,12 +142,14 @@ async def open_disk(
         raise
 
 
-async def _show_snapshot(image: Image, snapshot: str) -> None:
-    try:
+async def _show_snapshot(image: Image, snapshot: str | SnapshotKey) -> None:
+    with blaming(image.storage.name):
+        if isinstance(snapshot, SnapshotKey):
+            found = next((entry.id for entry in await image.snapshots() if snapshot.fits(entry)), None)
+            if found is None:
+                raise NotFound(f"there is no snapshot with {snapshot}")
+            snapshot = found
         await image.show_snapshot(snapshot)
-    except CowfsError as error:
-        error.file = error.file or image.storage.name
-        raise
 
 
 def backing_source(name: str, backing: Backing) -> Source:

@@ -1,5 +1,6 @@
 """How large a new image would be: what every format's ``measure`` is given and gives back."""
 
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from cowfs.block.alignment import align_down, align_up
@@ -26,14 +27,12 @@ def disk_size(disk: Disk) -> int:
     return Joined([disk]).size
 
 
-async def data_bytes(disk: Disk, unit: int) -> int:
-    """Bytes of all clusters of ``unit`` bytes that a copy of a disk has data in."""
+async def data_runs(disk: Disk, unit: int) -> AsyncIterator[tuple[int, int]]:
+    """Yield the clusters of ``unit`` bytes that a copy of a disk has data in: [start, end) in bytes, ascending."""
     source = Joined([disk])
-    total = counted = 0
+    seen = 0
     for start in range(0, source.size, WINDOW):
         for area in await source.areas(start, min(WINDOW, source.size - start), top_only=False):
-            if area.held is Held.DATA and area.end > counted:
-                end = align_up(area.end, unit)
-                total += end - max(align_down(area.start, unit), counted)
-                counted = end
-    return total
+            if area.held is Held.DATA and area.end > seen:
+                first, seen = max(align_down(area.start, unit), seen), align_up(area.end, unit)
+                yield first, seen

@@ -46,11 +46,11 @@ class Format(NamedTuple):
     probe: Callable[[bytes], bool]
     create: Callable[[Storage, int, Backing | None, Options], Awaitable[None]]
     options: Mapping[str, str]
+    #: says how large a file would be: bytes of the disk, or a disk to be copied; options
+    measure: Callable[[int, Disk | None, Options], Awaitable[Measured]]
     has_backing: bool
     #: whether clusters can be written packed
     packs: bool = False
-    #: says how large a file would be: bytes of the disk, or a disk to be copied; options. None if nobody knows
-    measure: Callable[[int, Disk | None, Options], Awaitable[Measured]] | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -62,12 +62,12 @@ FORMATS: dict[str, Format] = {
             qcow2.probe,
             qcow2.create,
             qcow2.OPTIONS,
+            qcow2.measure,
             has_backing=True,
             packs=True,
-            measure=qcow2.measure,
         ),
-        Format("qed", qed.open_image, qed.probe, qed.create, qed.OPTIONS, has_backing=True),
-        Format("raw", raw.open_image, raw.probe, raw.create, raw.OPTIONS, has_backing=False, measure=raw.measure),
+        Format("qed", qed.open_image, qed.probe, qed.create, qed.OPTIONS, qed.measure, has_backing=True),
+        Format("raw", raw.open_image, raw.probe, raw.create, raw.OPTIONS, raw.measure, has_backing=False),
     )
 }
 

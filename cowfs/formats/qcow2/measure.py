@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from cowfs.block.alignment import align_up
 from cowfs.block.disk import Disk
 from cowfs.errors import CorruptImage
-from cowfs.formats.measuring import Measured, data_bytes, disk_size
+from cowfs.formats.measuring import Measured, data_runs, disk_size
 from cowfs.formats.qcow2.create import plan_header
 from cowfs.formats.qcow2.image import Qcow2Image
 from cowfs.formats.qcow2.layout import AUTOCLEAR_BITMAPS, BITMAP_ENTRY, EXTENSION_BITMAPS, MAX_BITMAP_DIRECTORY, Header
@@ -28,7 +28,7 @@ async def measure(size: int, source: Disk | None, options: Mapping[str, str]) ->
     if source is not None:
         size = disk_size(source)
         if not has_backing:
-            required = await data_bytes(source, header.cluster_size)
+            required = sum([end - start async for start, end in data_runs(source, header.cluster_size)])
     size = align_up(size, header.cluster_size)
     if preallocation in ("falloc", "full") or (source is not None and has_backing):
         required = size

@@ -45,11 +45,8 @@ def backing_features(backing: Backing) -> Feature:
     return Feature.BACKING_FILE | (Feature.BACKING_IS_RAW if backing.format == "raw" else Feature(0))
 
 
-async def create(storage: Storage, size: int, backing: Backing | None, options: Mapping[str, str]) -> None:
-    """Fill an empty storage with an image of ``size`` bytes, rounded up to sectors: a header and an empty L1 table.
-
-    Raises `UsageError` before anything is written.
-    """
+def plan_header(size: int, backing: Backing | None, options: Mapping[str, str]) -> Header:
+    """Header of a new image of ``size`` bytes, rounded up to sectors. Raises `UsageError`."""
     refuse_unknown("qed", options, OPTIONS)
     cluster_size = 1 << parse_power(options, "cluster_size", 1 << 16, MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE)
     table_size = 1 << parse_power(options, "table_size", 4, MIN_NEW_TABLE_SIZE, MAX_TABLE_SIZE)
@@ -61,14 +58,21 @@ async def create(storage: Storage, size: int, backing: Backing | None, options: 
             f"a disk of {header.size} bytes does not fit: with cluster_size={cluster_size} and "
             f"table_size={table_size} it can have up to {header.max_size} bytes"
         )
-    name = b""
     if backing is not None:
-        name = encode_name(backing.name)
-        header = header._replace(
-            features=backing_features(backing), backing_offset=HEADER_LENGTH, backing_size=len(name)
-        )
-    await storage.truncate(cluster_size + header.table_bytes)
+        length = len(encode_name(backing.name))
+        header = header._replace(features=backing_features(backing), backing_offset=HEADER_LENGTH, backing_size=length)
+    return header
+
+
+async def create(storage: Storage, size: int, backing: Backing | None, options: Mapping[str, str]) -> None:
+    """Fill an empty storage with a new image: a header and an empty L1 table.
+
+    Raises `UsageError` before anything is written; see `plan_header`.
+    """
+    header = plan_header(size, backing, options)
+    length = header.header_bytes + header.table_bytes
+    await storage.truncate(length)
     # a block device keeps what was there before
-    await storage.punch(0, cluster_size + header.table_bytes)
-    await storage.write(0, [header.pack() + name])
+    await storage.punch(0, length)
+    await storage.write(0, [header.pack() + (encode_name(backing.name) if backing else b"")])
     await storage.flush()

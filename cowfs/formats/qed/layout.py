@@ -58,6 +58,11 @@ class Header(NamedTuple):
         return self.table_size * self.cluster_size
 
     @property
+    def table_reach(self) -> int:
+        """Bytes of the disk that one L2 table maps."""
+        return self.table_bytes // ENTRY_SIZE * self.cluster_size
+
+    @property
     def header_bytes(self) -> int:
         """Bytes that the header and whatever is kept with it may take."""
         return self.header_size * self.cluster_size
