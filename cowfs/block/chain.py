@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cowfs.block.alignment import align_down, align_up, split
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
+from cowfs.block.partial import Source
 from cowfs.block.quiescence import Readers
 from cowfs.block.twolevel import TwoLevelImage
 
@@ -92,6 +93,27 @@ class Chain:
                 pieces.append(Piece(depth, extent))
         return pieces
 
+    def sources_now(self, offset: int, length: int, depth: int) -> list[Source] | None:
+        """Where the content of a range lies as seen from layer ``depth``, from memory.
+
+        None if metadata is missing, or if it takes more than copying bytes.
+        """
+        layers = self.layers
+        if depth >= len(layers):
+            return [Source(offset, length, None, 0)]
+        pieces = self.resolve_now(layers, depth, offset, length)
+        if pieces is None or any(piece.extent.kind is Kind.COMPRESSED for piece in pieces):
+            return None
+        return [
+            Source(
+                extent.offset,
+                extent.length,
+                layers[found].data_storage if extent.kind <= Kind.SHARED else None,
+                extent.host_offset,
+            )
+            for found, extent in pieces
+        ]
+
     # -- reading
 
     async def read(self, offset: int, length: int, depth: int = 0) -> bytearray:
@@ -116,6 +138,7 @@ class Chain:
         """Write into one layer of the chain. The caller holds the clusters."""
         layer = self.layers[depth]
         await layer.begin()
+        await layer.complete(offset, offset + len(data))
         if offset < layer.image.vetted:
             await self._vet(depth, offset, data)
         for in_place, extents in _by_treatment(await layer.map(offset, len(data))):

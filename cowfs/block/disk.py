@@ -21,6 +21,7 @@ from cowfs.block.chain import Chain, Piece
 from cowfs.block.copyonread import Populator
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
+from cowfs.block.partial import SECTOR, Below, PartialClusters
 from cowfs.block.rangelock import RangeLock
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly, Unsupported, UsageError
@@ -132,7 +133,7 @@ class Disk(Chain):
             return False
         for extent in extents:
             if extent.kind is not Kind.DATA:
-                return False
+                return self._write_partial_now(offset, data, extents)
         self._about_to_write(offset, length)
         storage = top.data_storage
         if len(extents) == 1:
@@ -157,10 +158,27 @@ class Disk(Chain):
         if not length:
             return
         start, end, _, _ = split(offset, length, self.cluster_size)
+        top = self.layers[0]
         async with self.lock.hold(start, end):
+            if top.partial is not None and end - start == self.cluster_size and offset >= top.image.vetted:
+                await top.begin()
+                if self._write_partial_now(offset, data, await top.map(offset, length)):
+                    return
             self._about_to_write(offset, length)
             await self.write_layer(0, offset, memoryview(data))
         self._count_write(length)
+
+    def _write_partial_now(self, offset: int, data: bytes | bytearray | memoryview, extents: Sequence[Extent]) -> bool:
+        """Write where the active layer has nothing, or a part of a cluster; False if that takes more than this."""
+        partial = self.layers[0].partial
+        kinds = {extent.kind for extent in extents}
+        if partial is None or Kind.UNALLOCATED not in kinds or not kinds <= {Kind.UNALLOCATED, Kind.DATA}:
+            return False
+        self._about_to_write(offset, len(data))
+        done = partial.write_now(offset, data)
+        if done:
+            self._count_write(len(data))
+        return done
 
     def _about_to_write(self, offset: int, length: int) -> None:
         self._changed = True
@@ -187,6 +205,7 @@ class Disk(Chain):
         async with self.lock.hold(align_down(start, self.cluster_size), align_up(end, self.cluster_size)):
             if len(self.layers) == 1:
                 return 0
+            await self.layers[0].complete(start, end)
             for extent in await self.layers[0].map(start, end - start):
                 if extent.kind is Kind.UNALLOCATED:
                     for first, last in await self._data_below(extent):
@@ -356,7 +375,7 @@ class Disk(Chain):
         """Give back host space of the active layer that holds nothing; guests wait meanwhile."""
         async with self.lock.hold(0, EVERYWHERE):
             await self.flush()
-            await self.layers[0].image.compact()
+            await self.layers[0].compact()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve what goes on in the background, until cancelled: copy-on-read and the periodic flush."""
@@ -364,8 +383,13 @@ class Disk(Chain):
             task_status.started()
             return
         self._populator = Populator(self.unit, self.copy_up, self._count_copy_on_read_error)
+        top = self.layers[0]
+        if top.partial is None and top.cluster_size > SECTOR:
+            top.partial = PartialClusters(top.image, self._below(), self.readers)
         try:
             async with trio.open_nursery() as nursery:
+                if top.partial is not None:
+                    nursery.start_soon(self._complete_partial, top.partial)
                 nursery.start_soon(self._populator.run)
                 nursery.start_soon(self._flush_periodically)
                 task_status.started()
@@ -380,6 +404,21 @@ class Disk(Chain):
         if self._populator is not None:
             await self._populator.drained()
 
+    def _below(self) -> Below:
+        return Below(
+            lambda offset, length: self.sources_now(offset, length, 1),
+            lambda offset, length: self.read(offset, length, 1),
+        )
+
+    async def _complete_partial(self, partial: PartialClusters) -> None:
+        while True:
+            try:
+                await partial.complete_in_background()
+            except CowfsError as error:
+                # they stay as they are, and a guest's fsync reports it
+                log.error("copy-on-write: %s", error)
+                await trio.sleep(self._flush_interval)
+
     async def _flush_periodically(self) -> None:
         """Bound what a crash can lose; once nothing changes any more, take marks of use off the image."""
         settled = True
@@ -391,7 +430,7 @@ class Disk(Chain):
                     await self.layers[0].flush()
                 elif not settled:
                     async with self.lock.hold(0, EVERYWHERE):
-                        await self.layers[0].image.settle()
+                        await self.layers[0].settle()
                     settled = True
             except Exception as error:
                 # not lost: it stays dirty, and the guest's own fsync reports it

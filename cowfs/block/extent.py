@@ -1,6 +1,6 @@
 """Extents: the answer to "where is this range". Mapping yields them, I/O consumes them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -58,3 +58,30 @@ def continues(first: Extent, second: Extent) -> bool:
     if first.host_offset == NO_OFFSET:
         return second.host_offset == NO_OFFSET
     return first.host_offset + first.length == second.host_offset
+
+
+def patched(extents: Sequence[Extent], patches: Sequence[Extent]) -> list[Extent]:
+    """Put others in place of what a list of extents says of some ranges; both in order, patches within the list."""
+    found: list[Extent] = []
+    waiting = iter(patches)
+    patch = next(waiting, None)
+    for extent in extents:
+        start = extent.offset
+        while patch is not None and patch.offset < extent.end:
+            if start < patch.offset:
+                found.append(_part(extent, start, patch.offset))
+            start = max(start, min(patch.end, extent.end))
+            if patch.end > extent.end:
+                break
+            found.append(patch)
+            patch = next(waiting, None)
+        if start < extent.end:
+            found.append(_part(extent, start, extent.end))
+    return merge(found)
+
+
+def _part(extent: Extent, start: int, end: int) -> Extent:
+    host = extent.host_offset
+    if host != NO_OFFSET and extent.kind is not Kind.COMPRESSED:
+        host += start - extent.offset
+    return Extent(extent.kind, start, end - start, host)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from cowfs.block.check import CheckResult, Repair
-from cowfs.block.extent import Extent
+from cowfs.block.extent import NO_OFFSET, Extent
 from cowfs.block.metacache import Table
 from cowfs.block.snapshots import InternalSnapshot
 from cowfs.errors import Unsupported
@@ -143,6 +143,18 @@ class Image(ABC):
 
     def release(self, reservation: Reservation) -> None:
         """Give reserved clusters back that were not linked."""
+        raise Unsupported(f"{self.format} cannot allocate")
+
+    def take_now(self, offset: int) -> int:
+        """Take one host cluster for the guest's cluster at ``offset``, on the spot: its host offset.
+
+        It is linked through `prepare_link`, or given back as part of a reservation. `NO_OFFSET` if that takes more than
+        memory, or if this is no format to write a part of a cluster in before it is linked.
+        """
+        return NO_OFFSET
+
+    async def prepare_link(self, runs: list[Run]) -> Reservation:
+        """Make ready to link clusters that `take_now` has taken. They stay taken if this fails."""
         raise Unsupported(f"{self.format} cannot allocate")
 
     async def write_zeroes(self, offset: int, length: int) -> bool:

@@ -4,12 +4,13 @@ What lies above (`Disk`, jobs, commands) sees layers only; what lies below (form
 anything out of range, and never for a change while read-only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from cowfs.block.extent import NO_OFFSET, Extent, Kind, merge
+from cowfs.block.extent import NO_OFFSET, Extent, Kind, merge, patched
 from cowfs.block.image import Backing, Image, Run
+from cowfs.block.partial import Partial, PartialClusters
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly
 from cowfs.storage.base import Storage
 
@@ -33,6 +34,19 @@ class Layer:
         self.data_storage = image.data_storage
         #: whether the image has been told that it is being written to
         self.begun = False
+        self._partial: PartialClusters | None = None
+        # those of it; empty where there is none
+        self._parts: dict[int, Partial] = {}
+
+    @property
+    def partial(self) -> PartialClusters | None:
+        """The clusters that are known here and not yet in the image's tables."""
+        return self._partial
+
+    @partial.setter
+    def partial(self, partial: PartialClusters) -> None:
+        self._partial = partial
+        self._parts = partial.clusters
 
     @property
     def storage(self) -> Storage:
@@ -80,22 +94,42 @@ class Layer:
         """`Image.lookup`, with zeros after the end of the layer: nothing deeper shines through there."""
         beyond = offset + length - self.image.size
         if beyond <= 0:
-            return self._lookup(offset, length)
+            extents = self._lookup(offset, length)
+            if self._parts and self._partial is not None and extents is not None:
+                return self._partial.overlay(extents, offset, offset + length)
+            return extents
         if beyond >= length:
             return [Extent(Kind.ZERO, offset, length, NO_OFFSET)]
-        extents = self._lookup(offset, length - beyond)
+        extents = self.map_now(offset, length - beyond)
         return None if extents is None else self._padded(extents, beyond)
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         """Like `map_now`, loading metadata where needed."""
-        inside = min(length, self.size - offset)
-        extents = await self.image.map(offset, inside) if inside > 0 else []
-        return self._padded(extents, length - max(inside, 0), offset)
+        return await self._mapped(self.image.map, offset, length)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """Like `map`, with the holes that the storage knows of as zeros."""
+        return await self._mapped(self.image.block_status, offset, length)
+
+    async def _mapped(
+        self, look: Callable[[int, int], Awaitable[list[Extent]]], offset: int, length: int
+    ) -> list[Extent]:
         inside = min(length, self.size - offset)
-        extents = await self.image.block_status(offset, inside) if inside > 0 else []
+        extents: list[Extent] = []
+        if inside > 0:
+            end = offset + inside
+            before = self._partial.within(offset, end) if self._partial is not None else []
+            extents = await look(offset, inside)
+            # completed meanwhile, perhaps after the image was asked about them
+            while linked := [number for number in before if number not in self._parts]:
+                before = [number for number in before if number in self._parts]
+                size = self.cluster_size
+                for number in linked:
+                    start = max(offset, number * size)
+                    found = await look(start, min(end, (number + 1) * size) - start)
+                    extents = patched(extents, found)
+            if self._partial is not None:
+                extents = self._partial.overlay(extents, offset, end)
         return self._padded(extents, length - max(inside, 0), offset)
 
     @staticmethod
@@ -142,6 +176,11 @@ class Layer:
             await self.image.begin_writing()
             self.begun = True
 
+    async def complete(self, offset: int, end: int) -> None:
+        """Have no partial clusters in a range; whoever changes it by anything but a guest's write does that first."""
+        if self._parts and self._partial is not None:
+            await self._partial.complete(offset, end)
+
     def _check_write(self, offset: int, length: int) -> None:
         self.require_writable()
         if offset + length > self.size:
@@ -155,6 +194,7 @@ class Layer:
         length = sum(map(len, buffers))
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
+        await self.complete(offset, offset + length)
         reservation = await self.image.reserve(offset, length)
         try:
             rest = [memoryview(buffer) for buffer in buffers]
@@ -173,35 +213,54 @@ class Layer:
         """Write one whole cluster that `Image.pack` has packed; it may reach beyond the end of the disk."""
         self._check_write(offset, min(self.cluster_size, self.size - offset))
         await self.begin()
+        await self.complete(offset, offset + self.cluster_size)
         await self.image.write_packed(offset, packed)
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
         """Make whole units read as zeros without data; False if the format cannot."""
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
+        await self.complete(offset, offset + length)
         return await self.image.write_zeroes(offset, length)
 
     async def deallocate(self, offset: int, length: int) -> None:
         """Forget whole clusters."""
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
+        await self.complete(offset, offset + length)
         await self.image.deallocate(offset, length)
 
     # -- the layer as a whole
 
     async def flush(self) -> None:
-        """Make everything durable that was written before."""
-        if not self.storage.read_only:
+        """Make everything durable that was written before; all that can be, where something cannot."""
+        if self.storage.read_only:
+            return
+        try:
+            await self.complete(0, self.size)
+        finally:
             await self.image.flush()
+
+    async def settle(self) -> None:
+        """Writing has gone quiet, and nobody writes meanwhile: take back marks that the image is in use."""
+        await self.complete(0, self.size)
+        await self.image.settle()
+
+    async def compact(self) -> None:
+        """Give back host space that holds nothing; nothing else is under way on this layer."""
+        await self.complete(0, self.size)
+        await self.image.compact()
 
     async def grow(self, size: int, zeroed_until: int) -> None:
         """Make the disk larger; see `Image.grow`."""
         await self.begin()
+        await self.complete(0, self.size)
         await self.image.grow(size, zeroed_until)
 
     async def shrink(self, size: int) -> None:
         """Make the disk smaller; nobody else changes it meanwhile."""
         await self.begin()
+        await self.complete(0, self.size)
         try:
             await self.image.shrink(size)
         except CowfsError as error:
@@ -211,6 +270,7 @@ class Layer:
     async def set_backing(self, backing: Backing | None) -> None:
         """Change the recorded backing file."""
         await self.begin()
+        await self.complete(0, self.size)
         await self.image.set_backing(backing)
 
     async def set_writable(self, writable: bool) -> None:
@@ -219,8 +279,8 @@ class Layer:
             if self.image.unwritable is not None:
                 raise ReadOnly(self.image.unwritable, file=self.name)
         elif not self.storage.read_only:
-            await self.image.flush()
-            await self.image.settle()
+            await self.flush()
+            await self.settle()
             self.begun = False
         # the header's file last: while it cannot be written, nothing can
         for storage in reversed(self.storages):
@@ -237,7 +297,10 @@ class Layer:
 
     async def close(self) -> None:
         """Flush and close."""
-        await self.image.close()
+        try:
+            await self.complete(0, self.size)
+        finally:
+            await self.image.close()
 
 
 def adjacent(runs: Sequence[Run]) -> list[tuple[int, int]]:

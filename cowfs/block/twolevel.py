@@ -262,6 +262,20 @@ class TwoLevelImage(Image):
             raise
         return reservation
 
+    async def prepare_link(self, runs: list[Run]) -> Reservation:
+        """Have the tables in memory that the clusters will be entered in."""
+        await self.prepare()
+        await self._relieve()
+        reservation = Reservation(runs)
+        try:
+            for run in runs:
+                for span in self.spans(run.offset, run.length):
+                    reservation.tables.append(await self._writable_table(span.l1_index))
+        except BaseException:
+            self._unpin(reservation)
+            raise
+        return reservation
+
     async def _relieve(self) -> None:
         """Bound what waits in memory for a flush; called before more comes to it."""
         await self.tables.relieve()

@@ -9,6 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
+#: bytes copied at once
+COPY_CHUNK = 1 << 20
+
 ReadBuffers = Sequence[memoryview]
 WriteBuffers = Sequence[bytes | bytearray | memoryview]
 
@@ -19,6 +22,15 @@ class Region(NamedTuple):
     offset: int
     length: int
     hole: bool
+
+
+class Move(NamedTuple):
+    """Bytes to be copied from another storage, or zeros to be written if that is None."""
+
+    source: "Storage | None"
+    source_offset: int
+    offset: int
+    length: int
 
 
 class Storage(ABC):
@@ -95,6 +107,15 @@ class Storage(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Let go of it. Does not flush. Closing twice is harmless."""
+
+    async def copy_in(self, moves: Sequence[Move]) -> None:
+        """Write copies of what other storages hold; nothing is said of the order."""
+        for source, source_offset, offset, length in moves:
+            for done in range(0, length, COPY_CHUNK):
+                buffer = bytearray(min(COPY_CHUNK, length - done))
+                if source is not None:
+                    await source.read(source_offset + done, [memoryview(buffer)])
+                await self.write(offset + done, [buffer])
 
     async def read_bytes(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``, zeros past the end."""

@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from typing import TypeVar
 import trio
 
 from cowfs.errors import ReadOnly, StorageError
-from cowfs.storage.base import ReadBuffers, Region, Storage, WriteBuffers
+from cowfs.storage.base import COPY_CHUNK, Move, ReadBuffers, Region, Storage, WriteBuffers
 
 T = TypeVar("T")
 
@@ -171,6 +171,29 @@ class FileStorage(Storage):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             offset += done
             rest = _advance(rest, done)
+
+    async def copy_in(self, moves: Sequence[Move]) -> None:
+        """All in one worker thread, if the sources are files too."""
+        if not all(move.source is None or isinstance(move.source, FileStorage) for move in moves):
+            await super().copy_in(moves)
+        elif moves:
+            try:
+                await trio.to_thread.run_sync(self._copy_in, moves)
+            except OSError as error:
+                raise StorageError.from_os(error, file=self.name, doing="cannot write") from error
+            self.length = max(self.length, *(move.offset + move.length for move in moves))
+
+    def _copy_in(self, moves: Sequence[Move]) -> None:
+        buffer = memoryview(bytearray(min(COPY_CHUNK, max(move.length for move in moves))))
+        for source, source_offset, offset, length in moves:
+            if not isinstance(source, FileStorage):
+                self._write_zeros(offset, length)
+                continue
+            for done in range(0, length, len(buffer)):
+                part = buffer[: length - done]
+                with _reported(source.name, "cannot read"):
+                    source._read_fully(source_offset + done, [part])
+                self._write_rest(offset + done, [part])
 
     async def flush(self) -> None:
         """``fdatasync`` in a worker thread. A failure is remembered: the kernel reports it only once."""

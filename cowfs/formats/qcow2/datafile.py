@@ -78,6 +78,10 @@ class ExternalDataImage(Qcow2Image):
         """All of it, where the guest has it."""
         return offset, count
 
+    def take_now(self, offset: int) -> int:
+        """Whoever reads the data file by itself wants whole clusters there."""
+        return NO_OFFSET
+
     async def free_entry(self, entry: int) -> None:
         """A place in the data file belongs to its guest cluster for ever."""
 

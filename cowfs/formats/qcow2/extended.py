@@ -115,6 +115,10 @@ class ExtendedImage(Qcow2Image):
 
     # -- allocating
 
+    def take_now(self, offset: int) -> int:
+        """What a write leaves of a subcluster is little, and the others are not copied anyway."""
+        return NO_OFFSET
+
     async def reserve(self, offset: int, length: int) -> Reservation:
         """Take clusters for those that have none to themselves, with what the request leaves of their content."""
         reservation = await super().reserve(offset, length)

@@ -195,6 +195,17 @@ class Qcow2Image(TwoLevelImage):
         self._last = offset + (taken << self.cluster_bits), first + taken
         return first << self.cluster_bits, taken
 
+    def take_now(self, offset: int) -> int:
+        """`allocate_data` one cluster, if that finds all it needs in memory."""
+        after = self._continuation(offset)
+        if self._is_much(len(self._dropped) + len(self._freeing)) and self.refcounts.would_grow(1, after):
+            return NO_OFFSET
+        first = self.refcounts.take_now(after)
+        if first is None:
+            return NO_OFFSET
+        self._last = offset + self.cluster_size, first + 1
+        return first << self.cluster_bits
+
     def _continuation(self, offset: int) -> int | None:
         """Return the host cluster that follows the one of the guest's cluster before an offset."""
         if self._last[0] == offset:

@@ -213,6 +213,24 @@ class Refcounts:
             if taken:
                 return first, taken
 
+    def take_now(self, after: int | None = None) -> int | None:
+        """`allocate` one cluster; None if that takes more than what is in memory."""
+        if self._trimming is not None:
+            return None
+        first, _ = self.choose(1, after)
+        reused = first < self._next
+        if not reused and self._unseen << self._block_bits < self._next and len(self._free) < MAX_RUNS:
+            return None
+        offset = self._block_offset(first)
+        block = self._tables.get(offset) if offset else None
+        if block is None or not self._claim(block, first, 1):
+            return None
+        if reused:
+            self._free.take(first, 1)
+        else:
+            self._next = first + 1
+        return first
+
     async def _search(self) -> None:
         """Look for free clusters in the next blocks that were not looked at since the image was opened."""
         for _ in range(max(1, SEARCH_CLUSTERS >> self._block_bits)):

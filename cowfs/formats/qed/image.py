@@ -147,6 +147,10 @@ class QedImage(TwoLevelImage):
         first, taken = self.space.take(count)
         return first << self.cluster_bits, taken
 
+    def take_now(self, offset: int) -> int:
+        """The same, once the need-check bit is on disk."""
+        return self.space.take(1)[0] << self.cluster_bits if self._marked.done else NO_OFFSET
+
     async def allocate_table(self) -> int:
         """Tables take ``table_size`` adjacent clusters."""
         return self.space.take_all(self.header.table_size) << self.cluster_bits

@@ -1,0 +1,283 @@
+"""Clusters that guests have begun to write: copy-on-write that is put off until it is needed.
+
+Who writes less than a cluster where the active layer holds nothing gets the cluster at once, and what was written
+goes to its place there. Copying the rest of the cluster is left for later, because the guest often writes that
+itself. Until then no table refers to the cluster: what has been written is known here, and everything else is
+still read from below.
+
+A flush completes all such clusters first: copies what is missing, then links them. So tables only ever lead to
+whole clusters, and a crash leaves clusters that nothing refers to, as after any allocation that was not flushed.
+Whoever else changes such a cluster completes it first, holding the range lock.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import trio
+
+from cowfs.block.extent import NO_OFFSET, Extent, Kind, patched
+from cowfs.block.image import Image, Reservation, Run
+from cowfs.block.quiescence import Readers
+from cowfs.errors import CowfsError
+from cowfs.storage.base import Move, Storage
+
+#: bytes; the grain in which it is known what has been written
+SECTOR = 512
+#: bytes of clusters that may be partial; beyond that the rest is copied with the write
+BOUND = 1 << 30
+#: clusters that may be partial however large they are
+MIN_CLUSTERS = 16
+#: clusters completed in one step
+BATCH = 64
+
+
+class Source(NamedTuple):
+    """Where the content of a guest range lies; no storage stands for zeros. Bytes."""
+
+    offset: int
+    length: int
+    storage: Storage | None
+    host_offset: int
+
+    @property
+    def end(self) -> int:
+        """Guest offset of the first byte after it."""
+        return self.offset + self.length
+
+
+class Below(NamedTuple):
+    """What lies below the layer whose clusters are partial."""
+
+    #: sources of a range from memory, in order and without gaps; None if that takes more than a look
+    sources_now: Callable[[int, int], list[Source] | None]
+    #: content of a range
+    read: Callable[[int, int], Awaitable[bytearray]]
+
+
+class Partial:
+    """One cluster: its place in the storage, and the sectors that have been written, bit 0 for the first.
+
+    ``reads_zero`` says that the place had never been written to before; ``busy``, that it is being completed.
+    """
+
+    __slots__ = ("busy", "host_offset", "mask", "reads_zero")
+
+    def __init__(self, host_offset: int, *, reads_zero: bool) -> None:
+        self.host_offset = host_offset
+        self.mask = 0
+        self.reads_zero = reads_zero
+        self.busy = False
+
+    def runs(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Cut sectors ``start`` to ``end`` into runs that are written, or not: (first, end, written)."""
+        while start < end:
+            rest = self.mask >> start
+            written = bool(rest & 1)
+            # the lowest bit that differs from the first
+            change = (~rest & (rest + 1) if written else rest & -rest).bit_length() - 1
+            stop = min(end, start + change) if change > 0 else end
+            yield start, stop, written
+            start = stop
+
+    def extents(self, cluster: int, offset: int, end: int) -> list[Extent]:
+        """Map a guest range within the cluster, which begins at guest offset ``cluster``."""
+        found = []
+        for first, last, written in self.runs((offset - cluster) // SECTOR, -((cluster - end) // SECTOR)):
+            start = max(offset, cluster + first * SECTOR)
+            length = min(end, cluster + last * SECTOR) - start
+            host = self.host_offset + start - cluster if written else NO_OFFSET
+            found.append(Extent(Kind.DATA if written else Kind.UNALLOCATED, start, length, host))
+        return found
+
+
+class PartialClusters:
+    """The partial clusters of one layer. Belongs to one trio thread."""
+
+    def __init__(self, image: Image, below: Below, readers: Readers) -> None:
+        self._image = image
+        self._below = below
+        self._readers = readers
+        self._size = image.cluster_size
+        self._bits = image.cluster_size.bit_length() - 1
+        self._most = max(MIN_CLUSTERS, BOUND >> self._bits)
+        #: by the number of the guest's cluster, oldest first
+        self.clusters: dict[int, Partial] = {}
+        self._progress = trio.Event()
+        self._many = trio.Event()
+
+    # -- writing
+
+    def write_now(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
+        """Write whole sectors into one cluster, of which the layer holds nothing but what is known here.
+
+        False if that takes more than this; nothing has changed then. The caller has seen that nobody holds the
+        cluster, or holds it himself.
+        """
+        length = len(data)
+        within = offset & (self._size - 1)
+        if (within | length) & (SECTOR - 1) or within + length > self._size:
+            return False
+        storage = self._image.data_storage
+        number = offset >> self._bits
+        cluster = self.clusters.get(number)
+        if cluster is None:
+            cluster = self._begin(number, length)
+            if cluster is None:
+                return False
+            try:
+                done = storage.write_now(cluster.host_offset + within, (data,))
+            except CowfsError:
+                self._give_back(number, cluster)
+                raise
+            if not done:
+                self._give_back(number, cluster)
+                return False
+            self.clusters[number] = cluster
+            if len(self.clusters) > self._most >> 1:
+                self._many.set()
+        elif cluster.busy or not storage.write_now(cluster.host_offset + within, (data,)):
+            return False
+        cluster.mask |= (1 << (length // SECTOR)) - 1 << within // SECTOR
+        return True
+
+    def _begin(self, number: int, length: int) -> Partial | None:
+        image = self._image
+        if length == self._size or len(self.clusters) >= self._most or (number + 1) << self._bits > image.size:
+            return None
+        # asked first: taking may not, but writing will, move the end of the file
+        end = image.data_storage.length
+        host = image.take_now(number << self._bits)
+        return None if host == NO_OFFSET else Partial(host, reads_zero=host >= end)
+
+    def _give_back(self, number: int, cluster: Partial) -> None:
+        self._image.release(Reservation([self._run(number, cluster)]))
+
+    def _run(self, number: int, cluster: Partial) -> Run:
+        return Run(number << self._bits, self._size, cluster.host_offset, fresh=True)
+
+    # -- mapping
+
+    def within(self, offset: int, end: int) -> list[int]:
+        """Numbers of the partial clusters that a guest range touches, in ascending order."""
+        first, last = offset >> self._bits, -(-end >> self._bits)
+        clusters = self.clusters
+        if last - first < len(clusters):
+            return [number for number in range(first, last) if number in clusters]
+        return sorted(number for number in clusters if first <= number < last)
+
+    def overlay(self, extents: list[Extent], offset: int, end: int) -> list[Extent]:
+        """Enter what is known here into what the image says of a guest range."""
+        first = offset >> self._bits
+        if end - 1 >> self._bits == first:
+            cluster = self.clusters.get(first)
+            return extents if cluster is None else cluster.extents(first << self._bits, offset, end)
+        patches: list[Extent] = []
+        for number in self.within(offset, end):
+            start = number << self._bits
+            patches += self.clusters[number].extents(start, max(offset, start), min(end, start + self._size))
+        return patched(extents, patches)
+
+    # -- completing
+
+    async def complete(self, offset: int, end: int) -> None:
+        """Return when no cluster of a guest range is partial any more; those that become so later are left alone.
+
+        Raises the first error after all others are complete; what cannot be completed stays as it is.
+        """
+        await self._complete([(number, self.clusters[number]) for number in self.within(offset, end)])
+
+    async def complete_in_background(self) -> None:
+        """Wait until many clusters are partial, and complete the oldest."""
+        while len(self.clusters) <= self._most >> 1:
+            self._many = trio.Event()
+            await self._many.wait()
+        await self._complete(list(islice(self.clusters.items(), BATCH)))
+
+    async def _complete(self, wanted: list[tuple[int, Partial]]) -> None:
+        failure: CowfsError | None = None
+        for start in range(0, len(wanted), BATCH):
+            batch = wanted[start : start + BATCH]
+            while batch := [item for item in batch if self.clusters.get(item[0]) is item[1]]:
+                idle = [item for item in batch if not item[1].busy]
+                if not idle:
+                    await self._progress.wait()
+                    continue
+                error = await self._try(idle)
+                if error is not None:
+                    failure = failure or error
+                    batch = [item for item in batch if item not in idle]
+        if failure is not None:
+            raise failure
+
+    async def _try(self, batch: list[tuple[int, Partial]]) -> CowfsError | None:
+        """Complete clusters together or, if that fails, one by one; returns the first error of those."""
+        try:
+            await self._complete_together(batch)
+        except CowfsError as error:
+            if len(batch) == 1:
+                return error
+        else:
+            return None
+        failures = [
+            await self._try([item]) for item in batch if self.clusters.get(item[0]) is item[1] and not item[1].busy
+        ]
+        return next((failure for failure in failures if failure is not None), None)
+
+    async def _complete_together(self, batch: list[tuple[int, Partial]]) -> None:
+        for _, cluster in batch:
+            cluster.busy = True
+        try:
+            with self._readers.inside():
+                moves: list[Move] = []
+                for number, cluster in batch:
+                    moves += await self._missing(number, cluster)
+                await self._image.data_storage.copy_in(moves)
+            reservation = await self._image.prepare_link([self._run(number, cluster) for number, cluster in batch])
+            self._image.link(reservation)
+            for number, _ in batch:
+                del self.clusters[number]
+        finally:
+            for _, cluster in batch:
+                cluster.busy = False
+            self._progress.set()
+            self._progress = trio.Event()
+
+    async def _missing(self, number: int, cluster: Partial) -> list[Move]:
+        """Say how to copy what has not been written; what cannot be said in moves is copied on the way."""
+        start = number << self._bits
+        gaps = [
+            (start + first * SECTOR, start + last * SECTOR)
+            for first, last, written in cluster.runs(0, self._size // SECTOR)
+            if not written
+        ]
+        if not gaps:
+            return []
+        sources = self._below.sources_now(start, self._size)
+        if sources is not None:
+            return _moves(gaps, sources, start, cluster)
+        content = memoryview(await self._below.read(start, self._size))
+        for first, last in gaps:
+            buffers = [content[first - start : last - start]]
+            await self._image.data_storage.write(cluster.host_offset + first - start, buffers)
+        return []
+
+
+def _moves(gaps: list[tuple[int, int]], sources: list[Source], start: int, cluster: Partial) -> list[Move]:
+    """Moves that fill the gaps of the cluster at guest offset ``start``; without zeros where zeros are already."""
+    to_host = cluster.host_offset - start
+    moves = []
+    for source in sources:
+        for first, last in gaps:
+            first, last = max(first, source.offset), min(last, source.end)
+            if first >= last:
+                continue
+            if source.storage is not None:
+                place = source.host_offset + first - source.offset
+                moves.append(Move(source.storage, place, first + to_host, last - first))
+            elif not cluster.reads_zero:
+                moves.append(Move(None, 0, first + to_host, last - first))
+            elif last == source.end == sources[-1].end:
+                # the file must not end inside of a cluster
+                moves.append(Move(None, 0, last - SECTOR + to_host, SECTOR))
+    return moves
