@@ -331,13 +331,15 @@ class Disk(Chain):
         """
         layer = self.layers[depth]
         partial = layer.size % layer.unit
-        if not partial or not layer.image.writes_past_end:
+        if not partial:
             return
         start = layer.size - partial
         last = (await layer.map(start, partial))[-1]
         if last.kind is Kind.DATA:
-            await layer.begin()
-            await layer.data_storage.write(last.host_offset + last.length, [bytes(layer.unit - partial)])
+            # what never reaches beyond the end is made to be zeros there by the image itself as it grows
+            if layer.image.writes_past_end:
+                await layer.begin()
+                await layer.data_storage.write(last.host_offset + last.length, [bytes(layer.unit - partial)])
         elif last.kind in (Kind.SHARED, Kind.COMPRESSED) or (last.kind is Kind.UNALLOCATED and shows_below):
             # written anew, it gets zeros there
             await self.write_layer(depth, start, memoryview(await self.read(start, partial, depth)))

@@ -17,8 +17,6 @@ from cowfs.formats.qcow2.layout import Header
 from cowfs.jobs.commit import Commit
 from cowfs.storage import FileStorage
 
-CLUSTER_SIZES = [512, 1024, 4096, 65536, 2 << 20]
-
 
 def qemu(*words: str | Path | int) -> str:
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
@@ -88,75 +86,6 @@ async def fill(path: Path, model: bytearray, seed: int, count: int = 60) -> None
         if rnd.random() < 0.1:
             await disk.flush()
     await disk.close()
-
-
-@pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
-@pytest.mark.parametrize("compat", ["0.10", "1.1"])
-async def test_images_filled_by_qemu_read_byte_exact(tmp_path: Path, cluster_size: int, compat: str) -> None:
-    size = 5_000_192 if cluster_size < 1 << 20 else 12 << 20
-    base, top = tmp_path / "base", tmp_path / "top"
-    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size},compat={compat}", base, size)
-    fill_with_qemu(base, size, 1)
-    assert await content(base) == qemu_content(base, tmp_path)
-    # a longer overlay: the end of the short backing file reads as zeros
-    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size},compat={compat}",
-         "-b", base, "-F", "qcow2", top, size + 1_000_448)  # fmt: skip
-    fill_with_qemu(top, size + 1_000_448, 2)
-    assert await content(top) == qemu_content(top, tmp_path)
-
-
-@pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
-@pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 32, 64])
-async def test_images_written_by_cowfs_are_clean_and_equal(
-    tmp_path: Path, cluster_size: int, refcount_bits: int
-) -> None:
-    size = 3_000_320 if cluster_size < 65536 else 9_000_448
-    base = tmp_path / "base"
-    base.write_bytes(random.Random(3).randbytes(size // 2 + 77))
-    path = await make(
-        tmp_path / "top",
-        size,
-        Backing("base", "raw"),
-        cluster_size=str(cluster_size),
-        refcount_bits=str(refcount_bits),
-    )
-    model = bytearray(base.read_bytes().ljust(size, b"\0"))
-    await fill(path, model, refcount_bits)
-    assert_clean(path)
-    assert qemu_content(path, tmp_path) == model
-    fill_with_qemu(path, size - size % 512, 9)
-    model[:] = qemu_content(path, tmp_path)
-    await fill(path, model, 99)
-    assert_clean(path)
-    assert qemu_content(path, tmp_path) == model
-
-
-async def test_version_2(tmp_path: Path) -> None:
-    path = await make(tmp_path / "v2", 4 << 20, compat="0.10", cluster_size="1k")
-    model = bytearray(4 << 20)
-    await fill(path, model, 5)
-    assert_clean(path)
-    assert qemu_content(path, tmp_path) == model
-    assert json.loads(qemu("qemu-img", "info", "--output=json", path))["format-specific"]["data"]["compat"] == "0.10"
-
-
-@pytest.mark.parametrize("compression", ["zlib", "zstd"])
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
-async def test_compressed_clusters_are_read_and_overwritten(
-    tmp_path: Path, cluster_size: int, compression: str
-) -> None:
-    raw, path = tmp_path / "raw", tmp_path / "packed"
-    rnd = random.Random(6)
-    data = b"".join(bytes([rnd.randrange(256)]) * rnd.randrange(1, 3000) for _ in range(1500))
-    data += rnd.randbytes(100_000)
-    raw.write_bytes(data[: len(data) // 512 * 512])
-    options = f"cluster_size={cluster_size},compression_type={compression}"
-    qemu("qemu-img", "convert", "-c", "-O", "qcow2", "-o", options, raw, path)
-    assert await content(path) == raw.read_bytes()
-    model = bytearray(raw.read_bytes())
-    await fill(path, model, 7, count=30)
-    assert_clean(path)
-    assert qemu_content(path, tmp_path) == model
 
 
 async def test_clusters_shared_with_internal_snapshots_are_copied(tmp_path: Path) -> None:

@@ -26,35 +26,6 @@ CLUSTER = 65_536
 UNIT = 2048
 
 
-@pytest.mark.parametrize("cluster_size", ["16k", "64k", "2M"])
-@pytest.mark.parametrize("maker", ["cowfs", "qemu"])
-@pytest.mark.parametrize("base_size", [None, SIZE, 1_000_448, SIZE * 2])
-async def test_cowfs_and_qemu_take_turns(tmp_path: Path, cluster_size: str, maker: str, base_size: int | None) -> None:
-    twin = Twin(tmp_path, SIZE, base_size=base_size)
-    options = {"extended_l2": "on", "cluster_size": cluster_size}
-    if maker == "cowfs":
-        await twin.create(**options)
-    else:
-        twin.create_with_qemu(**options)
-    await twin.verify()
-    for _ in range(2):
-        await twin.use()
-        await twin.verify()
-        twin.use_with_qemu()
-        await twin.verify()
-
-
-@pytest.mark.parametrize("raw", ["off", "on"])
-async def test_with_a_data_file(tmp_path: Path, raw: str) -> None:
-    twin = await Twin(tmp_path, SIZE).create(extended_l2="on", data_file="data", data_file_raw=raw)
-    for _ in range(2):
-        await twin.use()
-        await twin.verify()
-        twin.use_with_qemu()
-        await twin.verify()
-        assert raw == "off" or (tmp_path / "data").read_bytes()[:SIZE] == twin.model
-
-
 async def test_a_write_copies_a_subcluster_and_no_more(tmp_path: Path) -> None:
     twin = await Twin(tmp_path, SIZE, base_size=SIZE).create(extended_l2="on")
     disk = await open_disk(str(twin.path), writable=True)

@@ -2,7 +2,6 @@
 
 import random
 import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -28,14 +27,6 @@ pytestmark = pytest.mark.needs("qemu-img", "qemu-io")
 
 SIZE = 2_000_384
 
-LAYOUTS: dict[str, dict[str, object]] = {
-    "512": {"cluster_size": 512},
-    "4k": {"cluster_size": 4096},
-    "64k": {},
-    "v2": {"cluster_size": 1024, "compat": "0.10"},
-    **{f"{bits} bits": {"cluster_size": 4096, "refcount_bits": bits} for bits in (2, 4, 8, 32, 64)},
-}
-
 
 async def content(path: Path, snapshot: str | None = None) -> bytes:
     disk = await open_disk(str(path), snapshot=snapshot)
@@ -43,88 +34,6 @@ async def content(path: Path, snapshot: str | None = None) -> bytes:
         return bytes(await disk.read(0, disk.size))
     finally:
         await disk.close()
-
-
-class Pair:
-    """An image, and what it and its snapshots ought to hold."""
-
-    def __init__(self, path: Path, layout: dict[str, object], seed: int) -> None:
-        self.path = path
-        self.rnd = random.Random(seed)
-        qemu_create(path, SIZE, **layout)
-        self.kept: dict[str, bytes] = {}
-        self.zeroes = layout.get("compat") != "0.10"
-        self.most = 2 if layout.get("refcount_bits") == 2 else 4
-
-    async def write(self) -> None:
-        if self.rnd.random() < 0.5:
-            qemu_fill(self.path, SIZE, self.rnd.randrange(1000), zeroes=self.zeroes)
-        else:
-            async with disk_at(self.path) as disk:
-                await fill(disk, self.rnd.randrange(1000))
-
-    async def create(self) -> None:
-        if len(self.kept) == self.most:
-            return
-        name = f"snapshot {self.rnd.randrange(1_000_000)}"
-        self.kept[name] = qemu_content(self.path)
-        if self.rnd.random() < 0.5:
-            ok(qemu_img("snapshot", "-c", name, self.path))
-        else:
-            async with image_at(self.path) as image:
-                await image.create_snapshot(name, DATE)
-
-    async def apply(self) -> None:
-        if self.kept:
-            name = self.rnd.choice(list(self.kept))
-            if self.rnd.random() < 0.5:
-                ok(qemu_img("snapshot", "-a", name, self.path))
-            else:
-                async with image_at(self.path) as image:
-                    await image.apply_snapshot(name)
-            assert qemu_content(self.path) == self.kept[name]
-
-    async def delete(self) -> None:
-        if self.kept:
-            name = self.rnd.choice(list(self.kept))
-            del self.kept[name]
-            if self.rnd.random() < 0.5:
-                ok(qemu_img("snapshot", "-d", name, self.path))
-            else:
-                async with image_at(self.path) as image:
-                    await image.delete_snapshot(name)
-
-    async def verify(self) -> None:
-        assert_clean(self.path)
-        image = await open_image(str(self.path))
-        found = await image.check()
-        assert (found.corruptions, found.leaks) == (0, 0), found.messages
-        assert [snapshot.name for snapshot in await image.snapshots()] == list(self.kept)
-        await image.close()
-        assert await content(self.path) == qemu_content(self.path)
-        for name, data in self.kept.items():
-            assert await content(self.path, name) == data
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-async def test_qemu_and_cowfs_take_turns(tmp_path: Path, layout: str) -> None:
-    pair = Pair(tmp_path / "image", LAYOUTS[layout], zlib.crc32(layout.encode()))
-    await pair.write()
-    steps = [pair.create, pair.create, pair.apply, pair.delete]
-    for number in range(12):
-        before = qemu_content(pair.path)
-        step = pair.rnd.choice(steps) if number else pair.create
-        await step()
-        if step != pair.apply:
-            assert qemu_content(pair.path) == before
-        await pair.verify()
-        await pair.write()
-        assert_clean(pair.path)
-    for name in list(pair.kept):
-        async with image_at(pair.path) as image:
-            await image.delete_snapshot(name)
-        del pair.kept[name]
-    await pair.verify()
 
 
 async def test_what_is_there_afterwards_is_what_qemu_makes(tmp_path: Path) -> None:
