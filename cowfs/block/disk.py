@@ -319,6 +319,7 @@ class Disk(Chain):
         if size < layer.size:
             raise Unsupported("disks can only grow, not shrink", file=layer.name)
         async with self.lock.hold(0, EVERYWHERE):
+            self._changed = True
             below = self.layers[depth + 1].size if depth + 1 < len(self.layers) else 0
             await self._zero_tail(depth, shows_below=below > layer.size)
             with trio.CancelScope(shield=True):

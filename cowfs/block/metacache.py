@@ -72,10 +72,20 @@ class Table:
         self.entries[index] = value
         self.dirty.add(index * self.entries.itemsize // PAGE)
 
-    def page(self, number: int, order: ByteOrder) -> bytes:
-        """Return the bytes of one page as they stand on disk."""
+    def dirty_runs(self) -> list[range]:
+        """Numbers of the dirty pages, those that follow each other together: each run is one write."""
+        runs: list[range] = []
+        for number in sorted(self.dirty):
+            if runs and runs[-1].stop == number:
+                runs[-1] = range(runs[-1].start, number + 1)
+            else:
+                runs.append(range(number, number + 1))
+        return runs
+
+    def pages(self, run: range, order: ByteOrder) -> bytes:
+        """Return the bytes of adjacent pages as they stand on disk."""
         size = self.entries.itemsize
-        part = self.entries[number * PAGE // size : (number + 1) * PAGE // size]
+        part = self.entries[run.start * PAGE // size : run.stop * PAGE // size]
         if order != sys.byteorder:
             part.byteswap()
         return part.tobytes()
@@ -85,13 +95,13 @@ class _Snapshot:
     """What one flush writes: pages by level, and the tables that it makes reachable."""
 
     def __init__(self) -> None:
-        self.pages: dict[Level, list[tuple[Table, int, bytes]]] = {level: [] for level in Level}
+        self.pages: dict[Level, list[tuple[Table, range, bytes]]] = {level: [] for level in Level}
         self.fresh: list[Table] = []
 
     def put_back(self) -> None:
         for pages in self.pages.values():
-            for table, number, _ in pages:
-                table.dirty.add(number)
+            for table, run, _ in pages:
+                table.dirty.update(run)
 
 
 class MetadataCache:
@@ -240,8 +250,8 @@ class MetadataCache:
                 if level > Level.BODY and pages:
                     await self._storage.flush()
                     _reached(snapshot)
-                for table, number, data in pages:
-                    await self._storage.write(table.offset + number * PAGE, [data])
+                for table, run, data in pages:
+                    await self._storage.write(table.offset + run.start * PAGE, [data])
             await self._storage.flush()
             _reached(snapshot)
         except BaseException:
@@ -254,7 +264,7 @@ class MetadataCache:
             if table.dirty:
                 level = Level.BODY if table.fresh else table.level
                 pages = snapshot.pages[level]
-                pages += [(table, number, table.page(number, self._order)) for number in sorted(table.dirty)]
+                pages += [(table, run, table.pages(run, self._order)) for run in table.dirty_runs()]
                 table.dirty.clear()
             if table.fresh:
                 snapshot.fresh.append(table)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from commandline import ok, qemu_img
 from qedtools import (
     M,
     assert_clean,
@@ -343,4 +344,8 @@ async def test_grow(tmp_path: Path) -> None:
         await disk.write(max_size(4096, 2) - 3, b"end")
     assert_clean(path)
     assert header_on_disk(path).size == max_size(4096, 2)
-    assert qemu_content(path)[-3:] == b"end"
+    qemu_io(path, f"read -P 0 {max_size(4096, 2) - 4096} 3584")
+    tail = tmp_path / "tail.raw"
+    where = f"if={path}", f"of={tail}", "bs=512", f"skip={max_size(4096, 2) // 512 - 1}"
+    ok(qemu_img("dd", "-f", "qed", "-O", "raw", *where))
+    assert tail.read_bytes() == b"end".rjust(512, b"\0")

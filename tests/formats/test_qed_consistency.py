@@ -1,6 +1,5 @@
-"""QED: the need-check bit, crashes, and leaving no leaks."""
+"""QED: giving back space, and leaving no leaks."""
 
-import os
 import random
 import struct
 from errno import EIO
@@ -13,180 +12,24 @@ from qedtools import (
     M,
     assert_clean,
     check_file,
-    crash,
     disk_over,
     drop,
-    features_on_disk,
     header_on_disk,
     image_of,
     make,
     opened,
     patch,
     pattern,
-    qemu_check,
     qemu_content,
-    qemu_create,
-    qemu_io,
 )
-from storages import Gate, MemoryStorage
+from storages import MemoryStorage
 
 from cowfs.block.image import Backing
 from cowfs.errors import CorruptImage, StorageError
 from cowfs.formats import qed
-from cowfs.formats.chain import open_disk
 from cowfs.formats.qed.layout import Feature
 from cowfs.jobs.commit import Commit
 from cowfs.jobs.job import State
-
-# -- the need-check bit
-
-
-async def test_need_check_is_on_disk_while_dirty(tmp_path: Path) -> None:
-    path = await make(tmp_path / "disk.qed", M)
-    async with opened(path) as disk:
-        assert not features_on_disk(path)
-        await disk.write(0, b"x")
-        assert features_on_disk(path) == Feature.NEED_CHECK
-        assert image_of(disk).dirty
-        await disk.flush()
-        assert features_on_disk(path) == Feature.NEED_CHECK
-        await image_of(disk).settle()
-        assert not features_on_disk(path)
-        assert disk.write_now(5, b"y")
-        assert not features_on_disk(path)
-        await disk.write(70_000, b"z")
-        assert features_on_disk(path) == Feature.NEED_CHECK
-    assert_clean(path)
-
-
-async def test_preparing_is_shared() -> None:
-    storage = MemoryStorage("disk", cold=True)
-    await qed.create(storage, M, None, {})
-    image = await qed.open_image(storage)
-    gate = storage.gates["flush"] = Gate()
-    storage.log.clear()
-    done: list[int] = []
-
-    async def prepare(number: int) -> None:
-        await image.prepare()
-        assert storage.content[16] & Feature.NEED_CHECK
-        done.append(number)
-
-    async with trio.open_nursery() as nursery:
-        for number in range(5):
-            nursery.start_soon(prepare, number)
-        await trio.testing.wait_all_tasks_blocked()
-        assert not done
-        gate.open()
-    assert len(done) == 5
-    assert [entry[0] for entry in storage.log] == ["flush", "write", "flush"]
-
-
-async def test_failed_preparing_fails_all_and_is_tried_again() -> None:
-    storage = MemoryStorage("disk", cold=True)
-    await qed.create(storage, M, None, {})
-    image = await qed.open_image(storage)
-    gate = storage.gates["flush"] = Gate()
-    storage.failures["flush"] = [StorageError("cannot flush", errno=EIO)]
-    failed: list[int] = []
-
-    async def prepare(number: int) -> None:
-        with pytest.raises(StorageError):
-            await image.prepare()
-        failed.append(number)
-
-    async with trio.open_nursery() as nursery:
-        for number in range(3):
-            nursery.start_soon(prepare, number)
-        await trio.testing.wait_all_tasks_blocked()
-        gate.open()
-    assert len(failed) == 3
-    await image.prepare()
-    assert storage.content[16] & Feature.NEED_CHECK
-
-
-async def test_cancelled_preparing_is_taken_over() -> None:
-    storage = MemoryStorage("disk", cold=True)
-    await qed.create(storage, M, None, {})
-    image = await qed.open_image(storage)
-    gate = storage.gates["flush"] = Gate()
-    async with trio.open_nursery() as outer:
-        async with trio.open_nursery() as inner:
-            inner.start_soon(image.prepare)
-            await gate.arrived.wait()
-            outer.start_soon(image.prepare)
-            await trio.testing.wait_all_tasks_blocked()
-            inner.cancel_scope.cancel()
-        gate.open()
-    assert storage.content[16] & Feature.NEED_CHECK
-
-
-async def test_crash_leaves_leaks_that_are_found_and_used(tmp_path: Path) -> None:
-    path = await make(tmp_path / "disk.qed", 8 * M, cluster_size="4096")
-    disk = await open_disk(str(path), "qed", writable=True)
-    await disk.write(0, b"a" * M)
-    await disk.flush()
-    await disk.write(M, b"b" * M)
-    await crash(disk)
-    found = qemu_check(path)
-    assert found["leaks"] == 256
-    assert "corruptions" not in found
-    length = path.stat().st_size
-    async with opened(path, writable=False) as reader:
-        assert await reader.read(0, M) == b"a" * M
-    assert features_on_disk(path) == Feature.NEED_CHECK
-    async with opened(path) as disk:
-        await disk.write(2 * M, b"c" * M)
-        assert features_on_disk(path) == Feature.NEED_CHECK
-    assert path.stat().st_size == length
-    assert_clean(path)
-
-
-async def test_leaks_of_a_crash_are_gone_after_opening_and_closing(tmp_path: Path) -> None:
-    path = await make(tmp_path / "disk.qed", 8 * M, cluster_size="4096")
-    disk = await open_disk(str(path), "qed", writable=True)
-    await disk.write(0, b"a" * M)
-    await crash(disk)
-    os.truncate(path, path.stat().st_size - 1000)
-    async with opened(path):
-        pass
-    assert_clean(path)
-    assert path.stat().st_size == 5 * 4096
-
-
-async def test_damage_after_a_crash_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "disk.qed"
-    qemu_create(path, 8 * M, "-o", "cluster_size=4096")
-    qemu_io(path, "write 0 64k")
-    l1 = header_on_disk(path).l1_offset
-    l2 = struct.unpack("<Q", path.read_bytes()[l1 : l1 + 8])[0]
-    patch(path, l2, struct.pack("<Q", l2))
-    patch(path, 16, b"\x02")
-    before = path.read_bytes()
-    with pytest.raises(CorruptImage, match="cowfs check -r all"):
-        await open_disk(str(path), "qed", writable=True)
-    async with opened(path, writable=False) as disk:
-        assert await disk.read(4096, 60_000) == b"\xcd" * 60_000
-        with pytest.raises(CorruptImage, match="cowfs check -r all"):
-            await disk.layers[0].set_writable(True)
-        assert disk.layers[0].storage.read_only
-    assert path.read_bytes() == before
-
-
-async def test_autoclear_bits_are_cleared_before_a_write(tmp_path: Path) -> None:
-    path = await make(tmp_path / "disk.qed", M)
-    async with opened(path) as disk:
-        await disk.write(0, b"x")
-    patch(path, 24, struct.pack("<QQ", 1 << 63 | 5, 1 << 62))
-    async with opened(path, writable=False) as disk:
-        assert await disk.read(0, 1) == b"x"
-    async with opened(path) as disk:
-        assert not disk.write_now(0, b"y")
-        await disk.write(0, b"y")
-        assert header_on_disk(path).autoclear_features == 0
-    assert header_on_disk(path).compat_features == 1 << 63 | 5
-    assert_clean(path)
-
 
 # -- giving back
 

@@ -86,11 +86,16 @@ def runs(clusters: Clusters) -> Runs:
 
 
 class Scan(NamedTuple):
-    """Outcome of a walk over all tables; ``empty`` are L1 indices of L2 tables without any entry."""
+    """Outcome of a walk over all tables.
+
+    ``empty`` are L1 indices of L2 tables without any entry. ``dangling`` says how many of the corruptions are
+    entries that point to whole clusters beyond the end of the file: what a crash leaves of a file that grew.
+    """
 
     result: CheckResult
     used: ClusterSet
     empty: list[int]
+    dangling: int
 
 
 async def check(image: "QedImage") -> CheckResult:
@@ -108,7 +113,7 @@ async def scan(image: "QedImage", end: int) -> Scan:
     """Walk over all tables of an image whose file has ``end`` whole clusters. Nothing else may be under way."""
     walk = _Walk(image, end)
     await walk.run()
-    return Scan(walk.result, walk.used, walk.empty)
+    return Scan(walk.result, walk.used, walk.empty, walk.dangling)
 
 
 class _Walk:
@@ -122,6 +127,7 @@ class _Walk:
             raise Unsupported(f"has {end} clusters, too many to check", file=image.storage.name)
         self.used = ClusterSet(end)
         self.empty: list[int] = []
+        self.dangling = 0
         self.result = CheckResult(total_clusters=-(-image.size >> self.bits))
 
     async def run(self) -> None:
@@ -131,6 +137,7 @@ class _Walk:
         entries = entries_of(l1.entries)
         present = np.flatnonzero(entries)
         inside = are_inside(self.image, entries[present], self.table_size, self.end)
+        self._count_dangling(entries[present[~inside]])
         if wrong := len(present) - int(np.count_nonzero(inside)):
             self.result.corrupt(f"{wrong} L1 entries point to where no table can be", wrong)
         overlapping = 0
@@ -155,6 +162,7 @@ class _Walk:
             self.empty.append(index)
         self._count(data)
         inside = are_inside(self.image, data, 1, self.end)
+        self._count_dangling(data[~inside])
         if wrong := len(data) - int(np.count_nonzero(inside)):
             self.result.corrupt(f"{wrong} entries of the L2 table at {offset:#x} point to where no data can be", wrong)
         again = self.used.add(self._clusters(data[inside]))
@@ -166,6 +174,12 @@ class _Walk:
         self.result.allocated_clusters += len(data)
         jumps = data[1:] != data[:-1] + np.uint64(self.image.cluster_size)
         self.result.fragmented_clusters += int(np.count_nonzero(jumps))
+
+    def _count_dangling(self, outside: Entries) -> None:
+        """Count those of some wrong offsets that are wrong only because the file is too short."""
+        behind_header = outside >= np.uint64(self.image.header.header_bytes)
+        aligned = outside & np.uint64(self.image.cluster_size - 1) == 0
+        self.dangling += int(np.count_nonzero(behind_header & aligned))
 
     def _clusters(self, offsets: Entries) -> Clusters:
         return (offsets >> np.uint64(self.bits)).astype(np.int64)

@@ -4,6 +4,7 @@ Sections "Tables" and "Consistency checking" of the specification; mapping and w
 `cowfs.block.twolevel`'s.
 """
 
+import logging
 import os
 from array import array
 
@@ -26,10 +27,12 @@ from cowfs.formats.qed.layout import (
     Header,
     parse_header,
 )
-from cowfs.formats.qed.repair import check_and_repair
+from cowfs.formats.qed.repair import check_and_repair, drop_wrong_entries
 from cowfs.formats.qed.sharedstep import SharedStep
 from cowfs.formats.qed.space import Space
 from cowfs.storage.base import Storage
+
+log = logging.getLogger(__name__)
 
 #: bytes that may be moved to leave no leaks when writing has merely gone quiet
 SETTLE_BYTES = 256 << 20
@@ -215,7 +218,9 @@ class QedImage(TwoLevelImage):
     async def verify(self) -> None:
         """Scan an image that was not closed cleanly, for damage and for clusters that were lost.
 
-        The same where the file ends inside a cluster: QEMU takes that for the end, and would use it again.
+        Under the need-check bit, entries that point beyond the end of the file are dropped, as QEMU does: the file
+        grew, and the crash came before that was durable. The same scan, without repair, where the file ends inside
+        a cluster: QEMU takes that for the end, and would use it again.
         Raises `CorruptImage` for damage.
         """
         await self._verified()
@@ -225,6 +230,15 @@ class QedImage(TwoLevelImage):
             return
         self.space = Space(self.storage.length >> self.cluster_bits)
         found = await scan(self, self.space.end)
+        if self.dirty and found.dangling and found.dangling == found.result.corruptions:
+            dropped = CheckResult()
+            await drop_wrong_entries(self, dropped)
+            log.warning(
+                "%s: was not closed cleanly; %d entries that point beyond the end of the file are dropped",
+                self.storage.name,
+                dropped.corruptions_fixed,
+            )
+            found = await scan(self, self.space.end)
         if found.result.corruptions:
             raise CorruptImage(
                 f"was not closed cleanly, and a check finds {found.result.corruptions} errors; {_REPAIR}",
@@ -275,6 +289,9 @@ class QedImage(TwoLevelImage):
             await self.compact()
         if self.space.free.total or not self.knows_free or self.tables.is_dirty:
             return
+        if self.storage.length > (end := self.space.end << self.cluster_bits):
+            # a crash has left the file ending inside a cluster
+            await self.storage.truncate(end)
         self._marked.done = False
         self._change_header(features=self.header.features & ~Feature.NEED_CHECK)
         await self.tables.flush()

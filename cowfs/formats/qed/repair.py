@@ -27,14 +27,15 @@ async def check_and_repair(image: "QedImage", how: Repair) -> CheckResult:
     found = await scan(image, image.space.end)
     if found.result.corruptions and how is Repair.ALL:
         await image.mark()
-        await _drop_wrong_entries(image, done)
+        await drop_wrong_entries(image, done)
         found = await scan(image, image.space.end)
     if not found.result.corruptions:
         await _give_back(image, found, done)
     return (await check(image)).after(done)
 
 
-async def _drop_wrong_entries(image: "QedImage", done: CheckResult) -> None:
+async def drop_wrong_entries(image: "QedImage", done: CheckResult) -> None:
+    """Drop all entries that point to where nothing can be, durably; the need-check bit is on disk."""
     end = image.space.end
     entries = entries_of(image.l1.entries)
     present = np.flatnonzero(entries)
