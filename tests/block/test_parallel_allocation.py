@@ -138,15 +138,67 @@ async def test_those_who_need_the_same_old_table_wait_for_one_load(format: str) 
         await s.assert_clean()
 
 
+def writes(s: Scene) -> list[int]:
+    """Lengths of the writes since the log was cleared, in order."""
+    return [length for operation, _, length in s.storage.log if operation == "write"]
+
+
 async def test_a_write_of_many_clusters_is_one_write_of_data_and_one_update_of_the_table(format: str) -> None:
+    """The counts of qcow2 are one more update."""
     async with scene(format) as s:
-        s.storage.log.clear()
-        await s.write(0, 1 << 20)
-        assert [operation for operation, _, _ in s.storage.log] == ["write"]
+        for offset, tables in ((0, 2), (s.span, 2), (s.span + s.span // 2, 1)):
+            s.storage.log.clear()
+            await s.write(offset, 1 << 20)
+            assert writes(s) == [1 << 20]
+            await s.disk.flush()
+            # the table, and for a new one the entry that leads to it
+            assert len(writes(s)) == 1 + tables + (format == "qcow2")
+            assert max(writes(s)[1:]) <= 2 * CLUSTER
+        await s.assert_clean()
+
+
+async def test_neighbours_that_are_written_at_once_share_one_update_of_the_table(format: str) -> None:
+    async with scene(format) as s:
+        await s.write(200 * CLUSTER)
         await s.disk.flush()
-        writes = [length for operation, _, length in s.storage.log if operation == "write"]
-        assert writes[0] == 1 << 20
-        assert sum(writes[1:]) <= 10 * 4096, "tables and counts, by the page"
+        s.storage.log.clear()
+        async with trio.open_nursery() as nursery:
+            for number in range(16):
+                nursery.start_soon(s.write, number * 4 * CLUSTER, 4 * CLUSTER)
+        assert writes(s) == [4 * CLUSTER] * 16
+        await s.disk.flush()
+        assert len(writes(s)) == 16 + 1 + (format == "qcow2")
+        await s.assert_clean()
+
+
+async def test_over_a_backing_file_only_the_ends_are_read_and_all_is_one_write(format: str) -> None:
+    async with scene(format) as s:
+        content = bytes(range(256)) * 8192
+        base = MemoryStorage("base", content, cold=True, read_only=True)
+        await s.write(300 * CLUSTER)
+        await s.disk.flush()
+        disk = Disk([*s.disk.layers, Layer(RawImage(base))])
+        s.storage.log.clear()
+        await disk.write(1000, b"n" * (1 << 20))
+        end = 1000 + (1 << 20)
+        assert base.log == [("read", 0, 1000), ("read", end, CLUSTER - 1000)]
+        assert writes(s) == [(1 << 20) + CLUSTER]
+        await disk.flush()
+        assert len(writes(s)) == 1 + 1 + (format == "qcow2")
+        assert await disk.read(0, end + CLUSTER) == content[:1000] + b"n" * (1 << 20) + content[end : end + CLUSTER]
+        s.disk = Disk(s.disk.layers)
+        await s.assert_clean()
+
+
+async def test_a_copy_up_is_one_read_and_one_write(format: str) -> None:
+    async with scene(format) as s:
+        base = MemoryStorage("base", b"b" * s.disk.size, cold=True, read_only=True)
+        disk = Disk([*s.disk.layers, Layer(RawImage(base))])
+        s.storage.log.clear()
+        assert await disk.copy_up(0, 1 << 20) == 1 << 20
+        assert base.log == [("read", 0, 1 << 20)]
+        assert writes(s) == [1 << 20]
+        s.disk = Disk(s.disk.layers)
         await s.assert_clean()
 
 
