@@ -67,7 +67,7 @@ def after_cut(start: bytes, steps: list[Step], losing: random.Random | None) -> 
         if step is None or (index > flushed and losing is not None and losing.random() < 0.5):
             continue
         if index > flushed and losing is not None and isinstance(step, tuple) and losing.random() < 0.2:
-            step = step[0], step[1][: len(step[1]) // 1024 * 512]  # noqa: PLW2901
+            step = step[0], step[1][: len(step[1]) // 1024 * 512]
         _apply(content, step)
     return bytes(content)
 
