@@ -5,7 +5,6 @@ remembered of each host cluster (its count on disk, the references to it, what r
 with the image.
 """
 
-import struct
 from array import array
 from enum import IntFlag
 
@@ -16,14 +15,12 @@ import trio
 from cowfs.block.check import CheckResult
 from cowfs.block.metacache import MetadataCache, Table
 from cowfs.errors import CorruptImage, Unsupported
+from cowfs.formats.qcow2 import bitmaps
 from cowfs.formats.qcow2.blocks import Counts, unpack_counts
 from cowfs.formats.qcow2.compressed import SECTOR
 from cowfs.formats.qcow2.layout import (
-    AUTOCLEAR_BITMAPS,
-    BITMAP_ENTRY,
     COMPRESSED,
     COPIED,
-    EXTENSION_BITMAPS,
     L1_RESERVED,
     L2_RESERVED,
     OFFSET_MASK,
@@ -394,26 +391,22 @@ class Survey:
         self.broken_bitmaps = self.result.corruptions > errors
 
     async def _count_bitmap_directory(self) -> None:
-        header = self.header
-        data = next((data for kind, data in header.extensions if kind == EXTENSION_BITMAPS), b"")
-        if not header.autoclear & AUTOCLEAR_BITMAPS or len(data) < 24:
+        directory = bitmaps.locate(self.header)
+        if directory is None:
             return
-        count, _, size, offset = struct.unpack_from(">IIQQ", data)
-        if size > self.storage.length or offset + size > self.storage.length:
-            self.result.corrupt(f"bitmap directory at {offset:#x} lies beyond the end of the file")
+        try:
+            found = await bitmaps.read_bitmaps(self.storage, directory)
+        except CorruptImage as error:
+            self.result.corrupt(error.message)
             return
-        self._count_area(offset, size, Use.FIXED)
-        directory = await self.storage.read_bytes(offset, size)
-        position = 0
-        for _ in range(count):
-            if position + BITMAP_ENTRY.size > size:
-                self.result.corrupt("bitmap directory is cut off")
-                return
-            table, entries, _, _, _, name, extra = BITMAP_ENTRY.unpack_from(directory, position)
-            position += -(-(BITMAP_ENTRY.size + name + extra) // 8) * 8
-            await self._count_bitmap_table(table, entries)
+        self._count_area(directory.offset, directory.size, Use.FIXED)
+        for bitmap in found:
+            await self._count_bitmap_table(bitmap.table, bitmap.table_entries)
 
     async def _count_bitmap_table(self, offset: int, entries: int) -> None:
+        if offset % self.size or entries << self.bits > bitmaps.MAX_BITMAP:
+            self.result.corrupt(f"bitmap table of {entries} entries at {offset:#x} makes no sense")
+            return
         self._count_area(offset, entries * 8, Use.FIXED)
         try:
             table = await self.tables.read(offset, entries * 8, "Q", "bitmap table")

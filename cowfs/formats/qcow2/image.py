@@ -1,5 +1,6 @@
 """The qcow2 driver: what its entries mean and where its clusters come from; the rest is `TwoLevelImage`."""
 
+import logging
 from array import array
 from collections import OrderedDict
 from typing import Any
@@ -15,10 +16,11 @@ from cowfs.block.metacache import Level, MetadataCache, Table
 from cowfs.block.snapshots import InternalSnapshot
 from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, Unsupported, UsageError
-from cowfs.formats.qcow2 import changes, compressed
+from cowfs.formats.qcow2 import bitmaps, changes, compressed
 from cowfs.formats.qcow2.check import check
 from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
 from cowfs.formats.qcow2.layout import (
+    AUTOCLEAR_BITMAPS,
     AUTOCLEAR_RAW_DATA,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSED,
@@ -39,6 +41,8 @@ from cowfs.formats.qcow2.refcounts import Refcounts
 from cowfs.formats.qcow2.repair import check_and_repair
 from cowfs.formats.qcow2.snapshots import find_snapshot, read_snapshots
 from cowfs.storage.base import Storage
+
+log = logging.getLogger(__name__)
 
 #: bytes of unpacked clusters that one image remembers
 UNPACKED_BYTES = 4 << 20
@@ -169,13 +173,27 @@ class Qcow2Image(TwoLevelImage):
                 )
 
     async def begin_writing(self) -> None:
-        """Clear the autoclear bits that vouch for what this driver does not keep up."""
+        """Mark bitmaps as outdated, and clear autoclear bits that vouch for what this driver does not keep up."""
         await self.recover()
         kept = self.header.autoclear & self.kept_autoclear
+        if await self._mark_bitmaps():
+            kept |= AUTOCLEAR_BITMAPS
         if self.header.autoclear != kept:
             self._set_field(88, 8, kept)
             await self.flush()
             self.header.autoclear = kept
+
+    async def _mark_bitmaps(self) -> bool:
+        """Have all bitmaps say that they may be outdated; False if they cannot, so that nobody may vouch for them."""
+        directory = bitmaps.locate(self.header)
+        if directory is None:
+            return False
+        try:
+            await bitmaps.mark_in_use(self.storage, directory)
+        except CorruptImage as error:
+            log.warning("%s: bitmaps are given up: %s", self.storage.name, error.message)
+            return False
+        return True
 
     async def prepare(self) -> None:
         """Nothing: counts are kept true at every flush."""

@@ -26,8 +26,6 @@ MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_BACKING_NAME = 1023
 MAX_SNAPSHOTS = 65536
-#: bytes; as many bitmaps as QEMU takes, with the longest names
-MAX_BITMAP_DIRECTORY = 65535 * (24 + 1023)
 
 INCOMPATIBLE_DIRTY = 1 << 0
 INCOMPATIBLE_CORRUPT = 1 << 1
@@ -69,9 +67,6 @@ ZERO = 1 << 0
 SUBCLUSTERS = 32
 
 COMPRESSION_TYPES = ("zlib", "zstd")
-
-#: "Bitmap directory": table offset, table entries, flags, type, granularity bits, lengths of name and extra data
-BITMAP_ENTRY = struct.Struct(">QIIBBHI")
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")

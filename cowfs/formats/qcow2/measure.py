@@ -6,14 +6,13 @@ from cowfs.block.alignment import align_up
 from cowfs.block.disk import Disk
 from cowfs.errors import CorruptImage
 from cowfs.formats.measuring import Measured, data_runs, disk_size
+from cowfs.formats.qcow2 import bitmaps
 from cowfs.formats.qcow2.create import plan_header
 from cowfs.formats.qcow2.image import Qcow2Image
-from cowfs.formats.qcow2.layout import AUTOCLEAR_BITMAPS, BITMAP_ENTRY, EXTENSION_BITMAPS, MAX_BITMAP_DIRECTORY, Header
+from cowfs.formats.qcow2.layout import Header
 
 #: bytes of an entry of any table but L2
 _ENTRY = 8
-#: a bitmap that was not closed cleanly; it is not copied
-_IN_USE = 1
 
 
 async def measure(size: int, source: Disk | None, options: Mapping[str, str]) -> Measured:
@@ -59,20 +58,19 @@ async def _bitmaps(source: Disk, unit: int) -> int | None:
     image = source.layers[0].image
     if not isinstance(image, Qcow2Image) or image.header.version < 3:
         return None
-    data = next((data for kind, data in image.header.extensions if kind == EXTENSION_BITMAPS), b"")
-    if not image.header.autoclear & AUTOCLEAR_BITMAPS or len(data) < 24:
+    place = bitmaps.locate(image.header)
+    if place is None:
         return 0
-    size, offset = int.from_bytes(data[8:16], "big"), int.from_bytes(data[16:24], "big")
-    if size > MAX_BITMAP_DIRECTORY or offset + size > image.storage.length:
-        raise CorruptImage("has a bitmap directory where none can be", file=image.storage.name)
-    entries = await image.storage.read_bytes(offset, size)
-    total = directory = position = 0
-    while position + BITMAP_ENTRY.size <= size:
-        _, _, flags, _, granularity, name, extra = BITMAP_ENTRY.unpack_from(entries, position)
-        position += align_up(BITMAP_ENTRY.size + name + extra, 8)
-        if not flags & _IN_USE:
-            bits = -(-image.size >> min(granularity, 63))
+    try:
+        found = await bitmaps.read_bitmaps(image.storage, place)
+    except CorruptImage as error:
+        error.file = image.storage.name
+        raise
+    total = directory = 0
+    for bitmap in found:
+        if not bitmap.flags & bitmaps.IN_USE:
+            bits = -(-image.size >> min(bitmap.granularity_bits, 63))
             clusters = -(-bits // (8 * unit))
             total += clusters * unit + align_up(clusters * _ENTRY, unit)
-            directory += align_up(BITMAP_ENTRY.size + name, 8)
+            directory += bitmaps.entry_size(bitmap.name_length)
     return total + align_up(directory, unit)
