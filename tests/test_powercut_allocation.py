@@ -33,11 +33,13 @@ TABLES = 4
 class Scene:
     """An overlay over a short raw base; per sector that is looked at, what it may hold, oldest first."""
 
-    def __init__(self, variant: str) -> None:
+    def __init__(self, variant: str, *, cold: bool) -> None:
         self.driver, self.options, self.span = VARIANTS[variant]
         self.size = self.span * TABLES - SECTOR
         self.base = random.Random(1).randbytes(self.size - self.span)
         self.top = RecordingStorage("top")
+        #: whether nothing can be done without suspending, as on a slow disk
+        self.cold = cold
         self.allowed: dict[int, list[bytes]] = {}
         #: number of steps, and how many contents of each sector were gone by then
         self.acknowledged: list[tuple[int, dict[int, int]]] = [(0, {})]
@@ -45,14 +47,15 @@ class Scene:
 
     def over_base(self, storage: MemoryStorage, image: object) -> Disk:
         base = MemoryStorage("base", self.base, read_only=True)
-        return Disk([Layer(image), Layer(RawImage(base))], copy_on_read=False)  # type: ignore[arg-type]
+        layers = [Layer(image), Layer(RawImage(base))]  # type: ignore[arg-type]
+        return Disk(layers, copy_on_read=False, flush_interval=1e9)
 
     async def open(self) -> None:
         await self.driver.create(self.top, self.size, Backing("base", "raw"), self.options)
         self.start = bytes(self.top.content)
         self.top.steps.clear()
         self.top.covered.clear()
-        self.top.cold = True
+        self.top.cold = self.cold
         self.disk = self.over_base(self.top, await self.driver.open_image(self.top))
 
     def note(self, offset: int, data: bytes) -> None:
@@ -99,7 +102,6 @@ class Scene:
         await self.write(span, 2 * CLUSTER)
         await self.disk.layers[0].image.settle()
         await self.write(self.size - SECTOR, SECTOR)
-        await self.disk.close()
 
     async def assert_sound(self, begun: int, content: bytes) -> None:
         storage = MemoryStorage("cut", content)
@@ -118,11 +120,16 @@ class Scene:
         assert (result.corruptions, result.leaks) == (0, 0), result.messages
 
 
+@pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
 @pytest.mark.parametrize("variant", VARIANTS)
-async def test_every_operation(variant: str) -> None:
-    scene = Scene(variant)
+async def test_every_operation(variant: str, cold: bool) -> None:
+    scene = Scene(variant, cold=cold)
     await scene.open()
-    await scene.run()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(scene.disk.run)
+        await scene.run()
+        nursery.cancel_scope.cancel()
+    await scene.disk.close()
     cuts = 0
     for begun, content in every_cut(scene.top, scene.start):
         await scene.assert_sound(begun, content)

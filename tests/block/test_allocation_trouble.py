@@ -143,6 +143,9 @@ class Scene:
     async def write(self, request: Request) -> None:
         await self.disk.write(request.offset, request.data)
 
+    async def flush(self, _: Request) -> None:
+        await self.disk.flush()
+
     async def copy_up(self, request: Request) -> None:
         await self.disk.copy_up(request.offset, request.length)
 
@@ -224,6 +227,39 @@ async def test_copy_ups(tmp_path: Path, format: str, error: int | None) -> None:
         await scene.assert_clean()
         if not trouble.struck:
             assert nth > 2 * len(requests)
+            scene.assert_clean_to_qemu(tmp_path)
+            return
+    raise AssertionError("trouble without end")
+
+
+@pytest.mark.parametrize("error", [EIO, ENOSPC, None], ids=["EIO", "ENOSPC", "cancelled"])
+async def test_flushes_that_complete_partly_written_clusters(tmp_path: Path, format: str, error: int | None) -> None:
+    for nth in range(200):
+        scene = Scene(format)
+        await scene.open(marked=True)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(scene.disk.run)
+            scene.top.cold = False
+            requests = [Request(number * scene.span // 2 + 512, 1024) for number in range(8)]
+            for request in requests:
+                await scene.write(request)
+            scene.top.cold = True
+            trouble = Trouble(nth, error)
+            assert await scene.run([Request(0, 0)], scene.flush, trouble) <= 1
+            await scene.assert_sound_after_a_crash()
+            for request in requests:
+                assert await scene.disk.read(request.offset, request.length) == request.data
+            await scene.disk.flush()
+            await scene.assert_sound_after_a_crash()
+            nursery.cancel_scope.cancel()
+        await scene.assert_clean()
+        for request in requests:
+            start = request.offset - 512
+            expected = scene.base.content[start : start + 512] + request.data
+            again = Disk([Layer(await scene.driver.open_image(scene.top)), Layer(RawImage(scene.base))])
+            assert await again.read(start, 1536) == expected
+        if not trouble.struck:
+            assert nth > len(requests)
             scene.assert_clean_to_qemu(tmp_path)
             return
     raise AssertionError("trouble without end")
