@@ -7,8 +7,8 @@ import trio
 
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.image import Image
-from cowfs.cli.options import file_argument, format_option, output_options, quiet_option
-from cowfs.formats.chain import open_image
+from cowfs.cli.options import file_argument, force_share_option, format_option, output_options, quiet_option
+from cowfs.formats.chain import Opening, open_image
 
 CORRUPT = 2
 LEAKS = 3
@@ -17,6 +17,7 @@ NOT_SUPPORTED = 63
 
 @click.command()
 @format_option
+@force_share_option
 @click.option(
     "-r",
     "--repair",
@@ -26,7 +27,7 @@ NOT_SUPPORTED = 63
 @quiet_option
 @output_options
 @file_argument
-def command(file: str, format: str | None, repair: str | None, quiet: bool, output: str) -> int:
+def command(file: str, format: str | None, opening: Opening, repair: str | None, quiet: bool, output: str) -> int:
     """Look for damage and leaked space in the image FILE, without its backing files.
 
     Without -r nothing is changed. What is found, or repaired, is told on standard error, the sums on standard
@@ -46,7 +47,7 @@ def command(file: str, format: str | None, repair: str | None, quiet: bool, outp
       cowfs check --json vm1.qcow2
       cowfs check -r all vm1.qcow2
     """
-    result = trio.run(_check, file, format, Repair(repair or "none"))
+    result = trio.run(_check, file, format, opening, Repair(repair or "none"))
     if result is None:
         click.echo(f"cowfs: {file}: this format has nothing that could be checked", err=True)
         return NOT_SUPPORTED
@@ -63,10 +64,10 @@ def command(file: str, format: str | None, repair: str | None, quiet: bool, outp
     return CORRUPT if found.corruptions else LEAKS if found.leaks else 0
 
 
-async def _check(file: str, format: str | None, repair: Repair) -> tuple[str, CheckResult] | None:
+async def _check(file: str, format: str | None, opening: Opening, repair: Repair) -> tuple[str, CheckResult] | None:
     """Return the image's format and what was found; None if its format has no check."""
     repairs = repair is not Repair.NONE
-    image = await open_image(file, format, writable=repairs, for_repair=repairs)
+    image = await open_image(file, format, writable=repairs, for_repair=repairs, opening=opening)
     try:
         if type(image).check is Image.check:
             return None

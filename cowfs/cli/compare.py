@@ -10,8 +10,8 @@ from cowfs.block.chain import Piece
 from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.cli.meter import Meter
-from cowfs.cli.options import quiet_option
-from cowfs.formats.chain import open_disk
+from cowfs.cli.options import force_share_option, quiet_option
+from cowfs.formats.chain import Opening, open_disk
 
 #: bytes of the disks whose mapping is looked up at once
 WINDOW = 1 << 30
@@ -39,11 +39,19 @@ class _Range(NamedTuple):
 @click.option("-F", "--second-format", metavar="FMT", help="Format of B; told from its first bytes if not given.")
 @click.option("-s", "--strict", is_flag=True, help="Sizes, and which parts are allocated, must be the same too.")
 @click.option("-p", "--progress", is_flag=True, help="Show how far it is.")
+@force_share_option
 @quiet_option
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 def command(
-    first: str, second: str, format: str | None, second_format: str | None, strict: bool, progress: bool, quiet: bool
+    first: str,
+    second: str,
+    format: str | None,
+    second_format: str | None,
+    strict: bool,
+    progress: bool,
+    opening: Opening,
+    quiet: bool,
 ) -> int:
     """Tell whether the images A and B hold the same disk, each with its backing files.
 
@@ -60,19 +68,19 @@ def command(
       cowfs compare vm1.qcow2 copy-of-vm1.raw
     """
     meter = Meter("compare", shown=progress and not quiet)
-    same, lines = trio.run(_compare, (first, format), (second, second_format), strict, meter)
+    same, lines = trio.run(_compare, (first, format), (second, second_format), strict, meter, opening)
     if not quiet:
         click.echo("\n".join(lines))
     return 0 if same else DIFFERENT
 
 
 async def _compare(
-    first: tuple[str, str | None], second: tuple[str, str | None], strict: bool, meter: Meter
+    first: tuple[str, str | None], second: tuple[str, str | None], strict: bool, meter: Meter, opening: Opening
 ) -> tuple[bool, list[str]]:
     """Open both; whether they are the same, and the lines that say so."""
-    a = await open_disk(*first)
+    a = await open_disk(*first, opening=opening)
     try:
-        b = await open_disk(*second)
+        b = await open_disk(*second, opening=opening)
         try:
             return await _verdict(a, b, strict, meter)
         finally:

@@ -13,9 +13,9 @@ from cowfs.cli.creation import (
     take_backing,
 )
 from cowfs.cli.meter import Meter
-from cowfs.cli.options import cache_option, parse_size_for, quiet_option
+from cowfs.cli.options import cache_option, force_share_option, parse_size_for, quiet_option
 from cowfs.errors import UsageError
-from cowfs.formats.chain import Source
+from cowfs.formats.chain import Opening, Source
 from cowfs.formats.convert import Target, convert
 from cowfs.formats.registry import format_named
 
@@ -44,6 +44,7 @@ MAX_SPARSE = 16 << 20
 @cache_option("-t", "--cache", "of DST")
 @cache_option("-T", "--source-cache", "of SRC")
 @click.option("-p", "--progress", is_flag=True, help="Show how far it is.")
+@force_share_option
 @quiet_option
 @click.argument("files", metavar="SRC… DST", nargs=-1)
 def command(
@@ -57,6 +58,7 @@ def command(
     no_create: bool,
     sparse: str,
     progress: bool,
+    opening: Opening,
     quiet: bool,
 ) -> None:
     """Copy the disk of image SRC, with all its backing files, into a new image DST.
@@ -95,7 +97,7 @@ def command(
     copying = CopyOptions(_parse_sparse(name, sparse), compress, top_only=link is not None)
     meter = Meter("convert", shown=progress and not quiet)
     try:
-        trio.run(convert, [Source(file, format) for file in sources], target, copying, meter.show)
+        trio.run(convert, [Source(file, format) for file in sources], target, copying, meter.show, opening)
     finally:
         meter.end()
 

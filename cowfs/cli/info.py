@@ -7,20 +7,21 @@ import click
 import trio
 
 from cowfs.block.image import Image
-from cowfs.cli.options import file_argument, format_option, output_options
+from cowfs.cli.options import file_argument, force_share_option, format_option, output_options
 from cowfs.cli.snapshot_table import facts as snapshot_facts
 from cowfs.cli.snapshot_table import table
 from cowfs.errors import Unsupported
-from cowfs.formats.chain import backing_source, open_chain, open_image
+from cowfs.formats.chain import Opening, backing_source, open_chain, open_image
 from cowfs.units import format_size
 
 
 @click.command()
 @format_option
+@force_share_option
 @click.option("--backing-chain", is_flag=True, help="Go on with the backing file, the one below it, and so on.")
 @output_options
 @file_argument
-def command(file: str, format: str | None, backing_chain: bool, output: str) -> None:
+def command(file: str, format: str | None, backing_chain: bool, opening: Opening, output: str) -> None:
     """Show what the image FILE is: format, sizes, features, backing file.
 
     Virtual size is what a guest sees, disk size what the file takes of the host's space.
@@ -30,23 +31,23 @@ def command(file: str, format: str | None, backing_chain: bool, output: str) -> 
       cowfs info vm1.qcow2
       cowfs info --backing-chain --json vm1.qcow2
     """
-    facts = trio.run(_chain_facts if backing_chain else _image_facts, file, format)
+    facts = trio.run(_chain_facts if backing_chain else _image_facts, file, format, opening)
     if output == "json":
         click.echo(json.dumps(facts if backing_chain else facts[0], indent=4))
     else:
         click.echo("\n\n".join("\n".join(_lines(fact)) for fact in facts))
 
 
-async def _image_facts(file: str, format: str | None) -> list[dict[str, Any]]:
-    image = await open_image(file, format)
+async def _image_facts(file: str, format: str | None, opening: Opening) -> list[dict[str, Any]]:
+    image = await open_image(file, format, opening=opening)
     try:
         return [await _facts(image)]
     finally:
         await image.close()
 
 
-async def _chain_facts(file: str, format: str | None) -> list[dict[str, Any]]:
-    layers = await open_chain(file, format)
+async def _chain_facts(file: str, format: str | None, opening: Opening) -> list[dict[str, Any]]:
+    layers = await open_chain(file, format, opening=opening)
     try:
         return [await _facts(layer.image) for layer in layers]
     finally:

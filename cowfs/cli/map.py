@@ -5,19 +5,27 @@ from collections.abc import Sequence
 import click
 import trio
 
-from cowfs.cli.options import file_argument, format_option, output_options, parse_size_for
+from cowfs.cli.options import file_argument, force_share_option, format_option, output_options, parse_size_for
 from cowfs.errors import Unsupported, UsageError
-from cowfs.formats.chain import open_disk
+from cowfs.formats.chain import Opening, open_disk
 from cowfs.formats.mapping import MapEntry, map_entries, render_json
 
 
 @click.command()
 @format_option
+@force_share_option
 @click.option("-s", "--start-offset", metavar="OFFSET", help="Start there, instead of at 0.")
 @click.option("-l", "--max-length", metavar="LENGTH", help="Stop after so many bytes, instead of at the end.")
 @output_options
 @file_argument
-def command(file: str, format: str | None, start_offset: str | None, max_length: str | None, output: str) -> None:
+def command(
+    file: str,
+    format: str | None,
+    opening: Opening,
+    start_offset: str | None,
+    max_length: str | None,
+    output: str,
+) -> None:
     """Show which part of the disk FILE lies where, in which file of its chain.
 
     For people, the parts that hold data are listed. In JSON every part of the disk is there: 'start' and
@@ -32,13 +40,15 @@ def command(file: str, format: str | None, start_offset: str | None, max_length:
     """
     start = parse_size_for(file, start_offset) or 0
     length = parse_size_for(file, max_length)
-    entries, names = trio.run(_map, file, format, start, length)
+    entries, names = trio.run(_map, file, format, opening, start, length)
     click.echo(render_json(entries) if output == "json" else _table(file, entries, names), nl=False)
 
 
-async def _map(file: str, format: str | None, start: int, length: int | None) -> tuple[list[MapEntry], list[str]]:
+async def _map(
+    file: str, format: str | None, opening: Opening, start: int, length: int | None
+) -> tuple[list[MapEntry], list[str]]:
     """Return the map, and the names of the chain's files, active layer first."""
-    disk = await open_disk(file, format)
+    disk = await open_disk(file, format, opening=opening)
     try:
         if start > disk.size:
             raise UsageError(f"the disk ends at {disk.size} bytes, before the start offset", file=file)

@@ -7,9 +7,9 @@ import trio
 
 from cowfs.block.snapshots import SnapshotKey
 from cowfs.cli.creation import asks_for_help, creation_options, list_options, parse_options, split_options
-from cowfs.cli.options import output_options, parse_size_for, parse_snapshot_for, snapshot_option
+from cowfs.cli.options import force_share_option, output_options, parse_size_for, parse_snapshot_for, snapshot_option
 from cowfs.errors import UsageError, blaming
-from cowfs.formats.chain import open_disk
+from cowfs.formats.chain import Opening, open_disk
 from cowfs.formats.measuring import Measured
 from cowfs.formats.registry import Format, format_named
 
@@ -25,6 +25,7 @@ from cowfs.formats.registry import Format, format_named
     help="Format of the new image; raw if not given.",
 )
 @creation_options
+@force_share_option
 @snapshot_option
 @click.option("--size", metavar="SIZE", help="Measure an image whose disk has SIZE bytes, instead of a copy of FILE.")
 @output_options
@@ -34,6 +35,7 @@ def command(
     format: str | None,
     target_format: str,
     options: tuple[str, ...],
+    opening: Opening,
     snapshot: str | None,
     size: str | None,
     output: str,
@@ -62,7 +64,7 @@ def command(
     chosen.pop("size", None)
     wanted = parse_size_for(file or "--size", size) or 0
     shown = parse_snapshot_for(file or "", snapshot)
-    measured = trio.run(_measure, target, file, format, shown, wanted, chosen)
+    measured = trio.run(_measure, target, file, format, opening, shown, wanted, chosen)
     click.echo(_render_json(measured) if output == "json" else _render(measured))
 
 
@@ -70,13 +72,14 @@ async def _measure(
     target: Format,
     file: str | None,
     format: str | None,
+    opening: Opening,
     snapshot: str | SnapshotKey | None,
     size: int,
     options: dict[str, str],
 ) -> Measured:
     if file is None:
         return await target.measure(size, None, options)
-    disk = await open_disk(file, format, snapshot=snapshot)
+    disk = await open_disk(file, format, opening=opening, snapshot=snapshot)
     try:
         with blaming(file):
             return await target.measure(0, disk, options)

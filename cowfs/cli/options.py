@@ -7,6 +7,7 @@ import click
 
 from cowfs.block.snapshots import SnapshotKey
 from cowfs.errors import UsageError
+from cowfs.formats.chain import Opening
 from cowfs.units import parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -26,6 +27,17 @@ snapshot_option = click.option(
     "snapshot",
     metavar="SNAPSHOT",
     help="Take the disk of FILE as of an internal snapshot: ID, NAME, or snapshot.id=ID,snapshot.name=NAME.",
+)
+
+
+#: arrives as ``opening``: how the files are opened
+force_share_option = click.option(
+    "-U",
+    "--force-share",
+    "opening",
+    is_flag=True,
+    callback=lambda context, parameter, value: Opening(locking=not value),
+    help="Read although another program may be writing; what is read then may make no sense.",
 )
 
 

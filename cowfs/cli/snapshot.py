@@ -10,10 +10,10 @@ from cowfs.block.image import Image
 from cowfs.block.layer import Layer
 from cowfs.block.snapshots import InternalSnapshot
 from cowfs.cli.live import find_live
-from cowfs.cli.options import file_argument, format_option, quiet_option
+from cowfs.cli.options import file_argument, force_share_option, format_option, quiet_option
 from cowfs.cli.snapshot_table import facts, table
 from cowfs.errors import CowfsError, UsageError
-from cowfs.formats.chain import open_image
+from cowfs.formats.chain import Opening, open_image
 
 
 @click.command()
@@ -22,6 +22,7 @@ from cowfs.formats.chain import open_image
 @click.option("-a", "--apply", metavar="NAME", help="Make the disk what it was; an id counts before a name.")
 @click.option("-d", "--delete", metavar="NAME", help="Forget a snapshot.")
 @format_option
+@force_share_option
 @quiet_option
 @file_argument
 def command(
@@ -31,6 +32,7 @@ def command(
     apply: str | None,
     delete: str | None,
     format: str | None,
+    opening: Opening,
     quiet: bool,
 ) -> None:
     """List, make, go back to and delete the snapshots that the image FILE keeps inside itself.
@@ -56,12 +58,12 @@ def command(
         trio.run(_change, file, format, lambda image: image.apply_snapshot(apply))
     elif delete is not None:
         trio.run(_change, file, format, lambda image: image.delete_snapshot(delete))
-    elif lines := table(facts(trio.run(_list, file, format))):
+    elif lines := table(facts(trio.run(_list, file, format, opening))):
         click.echo("\n".join(lines))
 
 
-async def _list(file: str, format: str | None) -> list[InternalSnapshot]:
-    image = await open_image(file, format)
+async def _list(file: str, format: str | None, opening: Opening) -> list[InternalSnapshot]:
+    image = await open_image(file, format, opening=opening)
     try:
         return await image.snapshots()
     finally:

@@ -3,6 +3,7 @@
 import os.path
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from cowfs.block.disk import FLUSH_INTERVAL, Disk
@@ -24,6 +25,23 @@ _PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 Vet = Callable[[str], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How the files of a chain are opened.
+
+    ``cache_size`` bounds the bytes of tables that each layer keeps in memory. ``vet`` is shown each file's name before
+    it is opened, and refuses it by raising. Without ``locking``, nobody is told that they are in use, nor asked.
+    """
+
+    cache_size: int = DEFAULT_BOUND
+    vet: Vet | None = None
+    locking: bool = True
+
+
+#: what there is to say if there is nothing
+PLAIN = Opening()
+
+
 class Source(NamedTuple):
     """A file to open as a layer; no ``format`` means that the file's first bytes tell."""
 
@@ -37,23 +55,23 @@ async def open_image(
     *,
     writable: bool = False,
     for_repair: bool = False,
-    cache_size: int = DEFAULT_BOUND,
-    vet: Vet | None = None,
+    opening: Opening = PLAIN,
 ) -> Image:
     """Open one image, with its data file, without its backing; see `cowfs.formats.registry.Open`.
 
-    ``for_repair`` needs ``writable``, and opens what is too damaged to be written otherwise. ``vet`` is shown the
-    name of the data file. Errors name the file.
+    ``for_repair`` needs ``writable``, and opens what is too damaged to be written otherwise. Errors name the file.
     """
-    storage = await open_storage(name, writable=writable)
+    if opening.vet is not None:
+        await opening.vet(name)
+    storage = await open_storage(name, writable=writable, locking=opening.locking)
     try:
         opener = format_named(format).open if format else open_guessed
-        image = await opener(storage, cache_size=cache_size, for_repair=for_repair)
+        image = await opener(storage, cache_size=opening.cache_size, for_repair=for_repair)
         if image.data_file is not None:
             path = data_path(name, image.data_file)
-            if vet is not None:
-                await vet(path)
-            image.attach_data(await open_data(name, path, writable=writable))
+            if opening.vet is not None:
+                await opening.vet(path)
+            image.attach_data(await open_data(name, path, writable=writable, locking=opening.locking))
         return image
     except CowfsError as error:
         await storage.close()
@@ -70,13 +88,10 @@ async def open_chain(
     format: str | None = None,
     *,
     writable: bool = False,
-    cache_size: int = DEFAULT_BOUND,
-    vet: Vet | None = None,
+    opening: Opening = PLAIN,
 ) -> list[Layer]:
     """Open an image and everything below it, active layer first; only the first is opened for writing.
 
-    ``cache_size`` bounds the bytes of tables that each layer keeps in memory.
-    ``vet`` is shown each file's name before it is opened, and refuses it by raising.
     Raises the first error met, after closing what was opened; a cycle is `InvalidImage`.
     """
     layers: list[Layer] = []
@@ -84,9 +99,7 @@ async def open_chain(
     source: Source | None = Source(name, format)
     try:
         while source is not None:
-            if vet is not None:
-                await vet(source.name)
-            image = await _open_member(source, layers, writable=writable and not layers, cache_size=cache_size, vet=vet)
+            image = await _open_member(source, layers, opening, writable=writable and not layers)
             layers.append(Layer(image))
             for storage in image.storages:
                 if storage.identity in seen:
@@ -102,11 +115,9 @@ async def open_chain(
     return layers
 
 
-async def _open_member(
-    source: Source, above: list[Layer], *, writable: bool, cache_size: int, vet: Vet | None
-) -> Image:
+async def _open_member(source: Source, above: list[Layer], opening: Opening, *, writable: bool) -> Image:
     try:
-        return await open_image(source.name, source.format, writable=writable, cache_size=cache_size, vet=vet)
+        return await open_image(source.name, source.format, writable=writable, opening=opening)
     except CowfsError as error:
         if above:
             error.message += f" (backing file of {above[-1].name})"
@@ -120,8 +131,7 @@ async def open_disk(
     writable: bool = False,
     copy_on_read: bool = True,
     flush_interval: float = FLUSH_INTERVAL,
-    cache_size: int = DEFAULT_BOUND,
-    vet: Vet | None = None,
+    opening: Opening = PLAIN,
     snapshot: str | SnapshotKey | None = None,
 ) -> Disk:
     """Open a chain as a disk. ``writable`` demands that the active layer can be written; see `open_chain`.
@@ -129,7 +139,7 @@ async def open_disk(
     ``snapshot``, a key, or a text that is an id or else a name, asks for the disk as of that internal snapshot of
     the first image, which can only be read. Raises `NotFound` if there is none.
     """
-    layers = await open_chain(name, format, writable=writable, cache_size=cache_size, vet=vet)
+    layers = await open_chain(name, format, writable=writable, opening=opening)
     try:
         if snapshot is not None:
             await _show_snapshot(layers[0].image, snapshot)

@@ -12,7 +12,7 @@ from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
 from cowfs.block.joined import Joined
 from cowfs.errors import InvalidImage, Unsupported, UsageError
-from cowfs.formats.chain import Source, open_disk
+from cowfs.formats.chain import PLAIN, Opening, Source, open_disk
 from cowfs.formats.create import create_image, existing_identity, remove_image
 from cowfs.formats.registry import format_named
 
@@ -28,16 +28,19 @@ class Target:
     exists: bool = False
 
 
-async def convert(sources: Sequence[Source], target: Target, options: CopyOptions, progress: Progress) -> None:
+async def convert(
+    sources: Sequence[Source], target: Target, options: CopyOptions, progress: Progress, opening: Opening = PLAIN
+) -> None:
     """Copy the disks of ``sources``, one after the other, into ``target``, durably.
 
-    If this fails, nothing has changed, or a file that was new is gone again; one that was there before is an
-    incomplete image. Errors may arrive inside of exception groups, and name the file at fault.
+    ``opening`` says how the sources are opened. If this fails, nothing has changed, or a file that was new is gone
+    again; one that was there before is an incomplete image. Errors may arrive inside of exception groups, and name the
+    file at fault.
     """
     if options.compress:
         _check_compression(target)
     async with AsyncExitStack() as stack:
-        disks = [await stack.enter_async_context(_opened(source)) for source in sources]
+        disks = [await stack.enter_async_context(_opened(source, opening)) for source in sources]
         await _refuse_own_source(disks, target)
         source = Joined(disks)
         if target.exists:
@@ -61,8 +64,8 @@ def _check_compression(target: Target) -> None:
 
 
 @asynccontextmanager
-async def _opened(source: Source) -> AsyncIterator[Disk]:
-    disk = await open_disk(source.name, source.format)
+async def _opened(source: Source, opening: Opening) -> AsyncIterator[Disk]:
+    disk = await open_disk(source.name, source.format, opening=opening)
     try:
         yield disk
     finally:

@@ -64,7 +64,8 @@ async def create_image(
 async def existing_identity(name: str) -> Identity | None:
     """Return what an existing file is, having seen that it can be written; None if there is none."""
     try:
-        storage = await open_storage(name, writable=True)
+        # whether anybody uses it is asked when it is opened to be changed
+        storage = await open_storage(name, writable=True, locking=False)
     except StorageError as error:
         if error.errno == errno.ENOENT:
             return None

@@ -36,10 +36,10 @@ def data_path(image: str, name: str) -> str:
     return path
 
 
-async def open_data(image: str, path: str, *, writable: bool) -> Storage:
+async def open_data(image: str, path: str, *, writable: bool, locking: bool) -> Storage:
     """Open what `data_path` has returned. Raises `StorageError`, which names the image too."""
     try:
-        return await open_storage(path, writable=writable)
+        return await open_storage(path, writable=writable, locking=locking)
     except CowfsError as error:
         error.message += f" (data file of {image})"
         raise

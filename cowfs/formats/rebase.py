@@ -5,6 +5,7 @@ that is durable does the header name the new backing file. A run that was broken
 seen; the next one takes it up.
 """
 
+import os.path
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -18,7 +19,7 @@ from cowfs.block.extent import Extent, Kind
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.errors import InvalidImage, UsageError, blaming
-from cowfs.formats.chain import backing_source, open_chain, open_disk, open_image
+from cowfs.formats.chain import Opening, backing_source, open_chain, open_disk, open_image
 from cowfs.formats.registry import format_named
 
 #: bytes of the disk whose mapping is looked up at once
@@ -79,16 +80,22 @@ async def _close(disk: Disk) -> None:
 async def _opened(name: str, disk: Disk, backing: Backing) -> AsyncIterator[Chain]:
     """Open the chain that is to lie below."""
     source = backing_source(name, backing)
-    layers = await open_chain(source.name, source.format)
+
+    async def refuse_own(path: str) -> None:
+        if any(_is_same(path, storage.name) for storage in disk.layers[0].storages):
+            raise InvalidImage("cannot be its own backing file, nor that of its backing file", file=name)
+
+    layers = await open_chain(source.name, source.format, opening=Opening(vet=refuse_own))
     try:
-        own = {storage.identity for storage in disk.layers[0].storages}
-        if any(storage.identity in own for layer in layers for storage in layer.storages):
-            raise InvalidImage("cannot be its own backing file, nor that of its backing file")
         yield Chain(layers)
     finally:
         with trio.CancelScope(shield=True):
             for layer in layers:
                 await layer.close()
+
+
+def _is_same(path: str, name: str) -> bool:
+    return os.path.exists(path) and os.path.samefile(path, name)  # noqa: PTH110, PTH121
 
 
 class _Rebase:

@@ -12,7 +12,7 @@ import trio
 
 from cowfs.block.disk import Disk
 from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
-from cowfs.formats.chain import open_disk
+from cowfs.formats.chain import Opening, open_disk
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 #: names in the mount's root and in its control directory that no image can have
 RESERVED = frozenset({".", "..", ".cowfs"})
 
+_CLASH = "is part of the disk '{}', and one of them would write to it"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -209,10 +210,12 @@ class Mount:
                 writable=writable,
                 copy_on_read=self.settings.copy_on_read,
                 flush_interval=self.settings.flush_interval,
-                cache_size=self.settings.cache_size,
-                vet=self._refuse_inside,
+                opening=Opening(self.settings.cache_size, self._refuse_inside, self.settings.locking),
                 snapshot=self.settings.snapshot,
             )
+        except Busy as error:
+            self._explain(error)
+            raise
         except CowfsError as error:
             if writable and error.errno in _NOT_WRITABLE and error.file == path and not isinstance(error, NotPermitted):
                 error.message += "; it may be mounted read-only, with -o ro"
@@ -241,9 +244,15 @@ class Mount:
             for layer in disk.layers:
                 mine = layer is disk.layers[0] and not disk.read_only
                 if any(storage.identity in (used if mine else written) for storage in layer.storages):
-                    raise Busy(
-                        f"is part of the disk '{other.name}', and one of them would write to it", file=layer.name
-                    )
+                    raise Busy(_CLASH.format(other.name), file=layer.name)
+
+    def _explain(self, error: Busy) -> None:
+        """Name the disk of this mount that a file which cannot be locked is part of, if it is of any."""
+        for other in self.images.values():
+            names = [storage.name for layer in other.disk.layers for storage in layer.storages]
+            if error.file is not None and any(os.path.samefile(error.file, name) for name in names):  # noqa: PTH121
+                error.message = _CLASH.format(other.name)
+                return
 
     async def remove(self, name: str) -> None:
         """Take an image out and close it. Raises `NotFound`, or `Busy` if it is open or has a job."""

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyfuse3
 import trio
@@ -39,6 +40,8 @@ def serve(request: Request, ready: Callable[[], None]) -> int:
 
     ``ready`` is called once the mount answers. What goes wrong before is raised; afterwards it is logged.
     """
+    # the name in ps, and in the words of who finds an image locked; a module that python runs has python's
+    Path("/proc/self/comm").write_text("cowfs")
     return trio.run(_serve, request, ready)
 
 

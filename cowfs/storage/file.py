@@ -20,6 +20,7 @@ from typing import TypeVar
 import trio
 
 from cowfs.errors import ReadOnly, StorageError
+from cowfs.storage import locks
 from cowfs.storage.base import COPY_CHUNK, Move, ReadBuffers, Region, Storage, WriteBuffers
 
 T = TypeVar("T")
@@ -50,8 +51,9 @@ def _advance(buffers: list[memoryview], done: int) -> list[memoryview]:
 class FileStorage(Storage):
     """One open file descriptor on a regular file or a block device."""
 
-    def __init__(self, name: str, fd: int, *, read_only: bool) -> None:
+    def __init__(self, name: str, fd: int, *, read_only: bool, locking: bool) -> None:
         self.name = name
+        self._locking = locking
         self.read_only = read_only
         self._fd = fd
         status = os.fstat(fd)
@@ -63,15 +65,18 @@ class FileStorage(Storage):
         self._flush_error: StorageError | None = None
 
     @classmethod
-    def open(cls, path: str, *, writable: bool) -> "FileStorage":
+    def open(cls, path: str, *, writable: bool, locking: bool = True) -> "FileStorage":
         """Open an existing file or block device.
 
-        Raises `StorageError` with the host's errno, EINVAL for what holds no bytes (a FIFO, a terminal).
+        Raises `StorageError` with the host's errno, EINVAL for what holds no bytes (a FIFO, a terminal), and, with
+        ``locking``, `Busy` if another process uses it in a way that excludes this one.
         """
         name = os.fspath(path)
         fd = _open(name, os.O_RDWR if writable else os.O_RDONLY)
         try:
-            return cls(name, fd, read_only=not writable)
+            if locking:
+                _lock(fd, name, writable=writable)
+            return cls(name, fd, read_only=not writable, locking=locking)
         except BaseException:
             os.close(fd)
             raise
@@ -85,9 +90,10 @@ class FileStorage(Storage):
             fd = os.open(name, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
         try:
             _refuse_odd_kinds(name, fd)
+            _lock(fd, name, writable=True)
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 os.ftruncate(fd, 0)
-            return cls(name, fd, read_only=False)
+            return cls(name, fd, read_only=False, locking=True)
         except BaseException:
             os.close(fd)
             raise
@@ -282,10 +288,24 @@ class FileStorage(Storage):
             status = os.fstat(fd)
             if self._identity != (status.st_dev, status.st_rdev if self._is_device else status.st_ino):
                 raise StorageError("was replaced by another file", errno=errno.ESTALE, file=self.name)
+            if self._locking:
+                self._exchange_locks(fd, writable=writable)
+            # with the old descriptor's last name go its locks
             os.dup2(fd, self._fd, inheritable=False)
         finally:
             os.close(fd)
         self.read_only = not writable
+
+    def _exchange_locks(self, fd: int, *, writable: bool) -> None:
+        """Lock another descriptor of the file for another use, with no moment between in which there is no lock."""
+        use = locks.WRITING if writable else locks.READING
+        locks.take(fd, use, self.name)
+        locks.unlock(self._fd)
+        try:
+            locks.check(fd, use, self.name)
+        except BaseException:
+            locks.take(self._fd, locks.READING if self.read_only else locks.WRITING, self.name)
+            raise
 
     async def close(self) -> None:
         """Close the descriptor."""
@@ -318,6 +338,12 @@ def _open(name: str, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _lock(fd: int, name: str, *, writable: bool) -> None:
+    use = locks.WRITING if writable else locks.READING
+    locks.take(fd, use, name)
+    locks.check(fd, use, name)
 
 
 def _refuse_odd_kinds(name: str, fd: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from cowfs.block.disk import Disk
 from cowfs.block.twolevel import TwoLevelImage
-from cowfs.formats.chain import open_disk
+from cowfs.formats.chain import Opening, open_disk
 from cowfs.formats.create import create_image
 
 K, M, T = 1 << 10, 1 << 20, 1 << 40
@@ -21,7 +21,7 @@ def _image(disk: Disk) -> TwoLevelImage:
 
 
 async def _opened(path: Path) -> tuple[Disk, TwoLevelImage, int]:
-    disk = await open_disk(str(path), writable=True, cache_size=BOUND)
+    disk = await open_disk(str(path), writable=True, opening=Opening(cache_size=BOUND))
     image = _image(disk)
     return disk, image, image.tables.bound
 
@@ -63,7 +63,7 @@ async def test_counts_of_clusters_all_over_the_file(tmp_path: Path) -> None:
         await disk.write(offset, b"x" * 64 * K)
     await disk.close()
     assert path.stat().st_size // (2 * M) * 4 * K < BOUND, "blocks"
-    disk = await open_disk(str(path), writable=True, cache_size=1)
+    disk = await open_disk(str(path), writable=True, opening=Opening(cache_size=1))
     image = _image(disk)
     assert image.tables.bound == 32 * K
     most = 0

@@ -113,7 +113,7 @@ async def test_what_there_is(chain: Path) -> None:
         assert await kernel.read(".cowfs/vm/chain") == (
             f"0 qcow2 {SIZE} {chain}\n1 qcow2 {SIZE} {folder}/middle.qcow2\n2 raw {SIZE} {folder}/base.raw\n"
         )
-        assert await kernel.read(".cowfs/vm/map") == ok(qemu_img("map", "--output=json", chain))
+        assert await kernel.read(".cowfs/vm/map") == ok(qemu_img("map", "-U", "--output=json", chain))
         assert "reads: 0\n" in await kernel.read(".cowfs/vm/stats")
         facts = json.loads(await kernel.read(".cowfs/vm/status.json"))
         assert (facts["name"], facts["depth"], facts["jobs"]["stream"]["state"]) == ("vm", 3, "none")
@@ -128,7 +128,7 @@ async def test_layers_show_the_disk_as_of_each(chain: Path) -> None:
             content = bytes(await kernel.operations.read(handle, 0, SIZE + 1))
             await kernel.operations.release(handle)
             out = chain.parent / "out"
-            ok(qemu_img("convert", "-O", "raw", chain.parent / name, out))
+            ok(qemu_img("convert", "-U", "-O", "raw", chain.parent / name, out))
             assert content == out.read_bytes()
         with pytest.raises(pyfuse3.FUSEError) as caught:
             await kernel.open(".cowfs/vm/layers/3")
