@@ -149,7 +149,8 @@ class MetadataCache:
     async def read(self, offset: int, size: int, typecode: str, what: str) -> "array[int]":
         """Read a table's entries without keeping them."""
         if offset + size > self._storage.length:
-            raise CorruptImage(f"{what} at offset {offset:#x} lies beyond the end of the file")
+            message = f"{what} at offset {offset:#x} lies beyond the end of the file"
+            raise CorruptImage(message, file=self._storage.name)
         entries = array(typecode, bytes(size))
         views = [memoryview(entries).cast("B")]
         if not self._storage.read_now(offset, views):

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from cowfs.block.image import Backing
-from cowfs.errors import CowfsError, ReadOnly
+from cowfs.errors import CowfsError
 from cowfs.formats import qcow2
 from cowfs.formats.chain import open_disk, open_image
-from cowfs.formats.qcow2.layout import Header
 from cowfs.jobs.commit import Commit
 from cowfs.storage import FileStorage
 
@@ -265,76 +264,6 @@ async def test_check_counts_what_qemu_counts_on_damaged_images(tmp_path: Path, s
     await image.close()
     assert result.corruptions == expected.get("corruptions", 0), (result.messages, expected)
     assert result.leaks == expected.get("leaks", 0), (result.messages, expected)
-
-
-# -- bad input
-
-
-def _header(**changes: int) -> bytes:
-    header = Header(3, 16, 1 << 20, 1, 3 << 16, 1 << 16, 1, length=104)
-    for name, value in changes.items():
-        setattr(header, name, value)
-    return header.pack().ljust(65536, b"\0") + bytes(4 << 16)
-
-
-BAD_HEADERS = {
-    "is too short for a qcow2 image: 40 bytes": _header()[:40],
-    "is cut off inside its header": _header()[:80],
-    "is of qcow2 version 4; cowfs knows 2 and 3": _header(version=4),
-    "has a cluster size of 2^63, which is out of range": _header(cluster_bits=63),
-    "has a cluster size of 2^8, which is out of range": _header(cluster_bits=8),
-    "is encrypted (LUKS), which cowfs does not support": _header(crypt_method=2),
-    "has extended L2 entries with clusters of 8192 bytes, which are too small": _header(
-        cluster_bits=13, incompatible=16
-    ),
-    "needs unknown incompatible feature 40, which cowfs does not support": _header(incompatible=1 << 40),
-    "has an L1 table of 4294967295 entries, which is too large": _header(l1_entries=0xFFFFFFFF),
-    "has an L1 table that is too small for its disk": _header(size=1 << 50),
-    "has a refcount table of 281474976645120 bytes, which is too large": _header(refcount_table_clusters=0xFFFFFFFF),
-    "has no refcount table": _header(refcount_table_clusters=0),
-    "has a reference count width of 2^7 bits, which is out of range": _header(refcount_order=7),
-    "has a header length of 4000000000, which makes no sense": _header(length=104) and (
-        _header()[:100] + (4_000_000_000).to_bytes(4, "big") + _header()[104:]
-    ),
-    "claims 65537 internal snapshots, which is too many": _header(snapshots=65537),
-    "has its L1 table at offset 0x30001, which is not a place for one": _header(l1_offset=0x30001),
-    "has a L1 table at offset 0xff0000 that lies beyond the end of the file": _header(l1_offset=0xFF0000),
-    "has a backing file name that does not lie inside its first cluster": _header(
-        backing_offset=65000, backing_length=1000
-    ),
-    "has a compression type that contradicts its feature bits": _header(incompatible=8),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("sentence", BAD_HEADERS)
-async def test_a_bad_header_is_refused_in_one_sentence(tmp_path: Path, sentence: str) -> None:
-    path = tmp_path / "bad"
-    path.write_bytes(BAD_HEADERS[sentence])
-    with pytest.raises(CowfsError) as caught:
-        await open_image(str(path), "qcow2", writable=True)
-    assert str(caught.value) == f"{path}: {sentence}"
-    assert path.read_bytes() == BAD_HEADERS[sentence]
-
-
-async def test_a_feature_is_named_from_the_images_own_table(tmp_path: Path) -> None:
-    header = Header(3, 16, 1 << 20, 1, 3 << 16, 1 << 16, 1, length=104, incompatible=1 << 33)
-    header.extensions.append((0x6803F857, bytes([0, 33]) + b"time travel".ljust(46, b"\0")))
-    path = tmp_path / "future"
-    path.write_bytes(header.pack().ljust(5 << 16, b"\0"))
-    with pytest.raises(CowfsError, match="needs the feature 'time travel', which cowfs does not support"):
-        await open_image(str(path))
-
-
-async def test_corrupt_images_can_only_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "image"
-    qemu("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
-    data = bytearray(path.read_bytes())
-    data[79] |= 2
-    path.write_bytes(data)
-    assert await content(path) == bytes(1 << 20)
-    with pytest.raises(ReadOnly, match="marked corrupt"):
-        await open_disk(str(path), writable=True)
-    assert path.read_bytes() == data
 
 
 async def test_a_truncated_l2_table_is_an_error_and_not_zeros(tmp_path: Path) -> None:

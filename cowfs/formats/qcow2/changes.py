@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cowfs.errors import Unsupported, UsageError
+from cowfs.errors import CorruptImage, Unsupported, UsageError
 from cowfs.formats.qcow2 import compressed
 from cowfs.formats.qcow2.layout import COMPRESSED, COPIED, MAX_L1_BYTES, MAX_SNAPSHOTS, OFFSET_MASK, ZERO
 from cowfs.formats.qcow2.overhaul import Entries, Overhaul, overhaul
@@ -56,6 +56,8 @@ async def apply_snapshot(image: "Qcow2Image", text: str) -> None:
         entries = -(-size // change.span)
         if entries * 8 > MAX_L1_BYTES:
             raise Unsupported(f"the snapshot's disk of {size} bytes is too large")
+        if snapshot.l1_entries < entries:
+            raise CorruptImage(f"the L1 table of the snapshot '{text}' is too small for its disk")
         # what lies behind the disk is state of a virtual machine, which only the snapshot keeps
         kept = (await change.read_words(snapshot.l1_offset, snapshot.l1_entries * 8))[:entries]
         await change.count_tree(kept, 1)

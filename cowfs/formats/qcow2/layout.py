@@ -284,7 +284,7 @@ def _check_place(header: Header, what: str, offset: int, length: int, file_lengt
     if length and (offset % header.cluster_size or not offset):
         raise CorruptImage(f"has its {what} at offset {offset:#x}, which is not a place for one")
     if offset + length > file_length:
-        raise CorruptImage(f"has a {what} at offset {offset:#x} that lies beyond the end of the file")
+        raise CorruptImage(f"has its {what} at offset {offset:#x}, beyond the end of the file")
 
 
 def _parse_backing(header: Header, head: bytes) -> None:

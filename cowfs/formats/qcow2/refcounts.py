@@ -85,7 +85,8 @@ class Refcounts:
             return 0
         offset = self.table.entries[index] & OFFSET_MASK
         if offset & ((1 << self._cluster_bits) - 1):
-            raise CorruptImage(f"refcount block at offset {offset:#x} is not aligned to a cluster")
+            message = f"refcount block at offset {offset:#x} is not aligned to a cluster"
+            raise CorruptImage(message, file=self._storage.name)
         return offset
 
     async def _load(self, offset: int) -> Table:
@@ -114,11 +115,11 @@ class Refcounts:
         """Drop one reference that is gone on disk too; at none the cluster is free, once `give_back` has run."""
         offset = self._block_offset(cluster)
         if not offset:
-            raise CorruptImage(f"host cluster {cluster} is in use but has no reference count")
+            raise self._corrupt(cluster, "has no reference count")
         block = await self._load(offset)
         count = self._get(block, cluster)
         if not count:
-            raise CorruptImage(f"host cluster {cluster} is in use but its reference count is 0")
+            raise self._corrupt(cluster, "its reference count is 0")
         self._set(block, cluster, count - 1)
         if count == 1:
             stale = self._tables.get(cluster << self._cluster_bits)
@@ -126,6 +127,9 @@ class Refcounts:
                 self._tables.forget(stale)
             self._held.add(cluster)
             self._returned.append(cluster)
+
+    def _corrupt(self, cluster: int, what: str) -> CorruptImage:
+        return CorruptImage(f"host cluster {cluster} is in use but {what}", file=self._storage.name)
 
     async def fetch(self, cluster: int) -> None:
         """Bring the count of a cluster into memory, if it has one."""

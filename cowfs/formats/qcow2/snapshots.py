@@ -115,6 +115,8 @@ async def _read_entry(storage: Storage, position: int) -> tuple[Snapshot, int]:
     l1_offset, l1_entries, id_length, name_length, seconds, nanoseconds, clock, state_size, extra_length = fixed
     if extra_length > _MAX_EXTRA or l1_entries * 8 > MAX_L1_BYTES:
         raise CorruptImage("an entry in the table of internal snapshots is too large")
+    if position + _ENTRY.size + extra_length + id_length + name_length > storage.length:
+        raise CorruptImage("the table of internal snapshots lies beyond the end of the file")
     rest = await storage.read_bytes(position + _ENTRY.size, extra_length + id_length + name_length)
     texts = rest[extra_length:]
     snapshot = Snapshot(
