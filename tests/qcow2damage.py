@@ -41,6 +41,40 @@ class Anatomy:
         places = range(self.table, self.table + (self.table_clusters << self.bits), 8)
         return [place for place in places if self.get(place)]
 
+    def snapshot_l1s(self) -> list[tuple[int, int]]:
+        """L1 tables of internal snapshots: (offset, entries)."""
+        found = []
+        place = self.get(64)
+        for _ in range(int.from_bytes(self.data[60:64], "big")):
+            entries, id_length, name_length = struct.unpack_from(">IHH", self.data, place + 8)
+            found.append((self.get(place), entries))
+            extra = int.from_bytes(self.data[place + 36 : place + 40], "big")
+            place += -(-(40 + extra + id_length + name_length) // 8) * 8
+        return found
+
+    def snapshot_tables(self) -> list[int]:
+        """Where L1 entries of snapshots stand that lead to a table."""
+        places = [l1 + 8 * i for l1, entries in self.snapshot_l1s() for i in range(entries)]
+        return [place for place in places if self.get(place) & MASK]
+
+    def bitmap_areas(self) -> list[tuple[int, int]]:
+        """The bitmap directory and the tables that it leads to: (offset, bytes)."""
+        place = self.data.find((0x23852875).to_bytes(4, "big"), 104, self.size)
+        if place < 0:
+            return []
+        count, _, size, offset = struct.unpack_from(">IIQQ", self.data, place + 8)
+        areas = [(offset, size)]
+        for _ in range(count):
+            table, entries, _, _, _, name, extra = struct.unpack_from(">QIIBBHI", self.data, offset)
+            areas.append((table, 8 * entries))
+            offset += -(-(24 + name + extra) // 8) * 8
+        return areas
+
+    def metadata(self) -> list[tuple[int, int]]:
+        """Areas that hold metadata other than L1 and L2 tables: (offset, bytes)."""
+        blocks = [(self.get(place) & MASK, self.size) for place in self.blocks()]
+        return [(self.table, 64), *blocks, *self.bitmap_areas()]
+
     def write(self, path: Path) -> None:
         path.write_bytes(self.data)
 
@@ -154,3 +188,65 @@ WRECKS = [
     "entries overlap", "block points to the table", "block is zero", "block is garbage", "table is garbage",
     "table out of the file", "table unaligned", "table over the L1 table", "no table", "table too large",
 ]  # fmt: skip
+
+
+KINDS = (
+    "plain", "version 2", "1-bit counts", "8-bit counts", "64-bit counts", "zstd", "lazy", "snapshots",
+    "shared snapshots", "bitmaps", "extended", "extended snapshots", "data file", "raw data file",
+)  # fmt: skip
+
+
+def _options(path: Path, kind: str, rnd: random.Random) -> str:
+    bits = rnd.choice([14, 16] if "extended" in kind else [9, 12, 16])
+    data = path.with_name("data")
+    data.unlink(missing_ok=True)
+    what = {
+        "version 2": "compat=0.10",
+        "1-bit counts": "refcount_bits=1",
+        "8-bit counts": "refcount_bits=8",
+        "64-bit counts": "refcount_bits=64",
+        "zstd": "compression_type=zstd",
+        "lazy": "lazy_refcounts=on",
+        "extended": "extended_l2=on",
+        "extended snapshots": "extended_l2=on",
+        "data file": f"data_file={data}",
+        "raw data file": f"data_file={data},data_file_raw=on",
+    }.get(kind, "compat=1.1")
+    return f"cluster_size={1 << bits},{what}"
+
+
+def make_kind(path: Path, kind: str, rnd: random.Random, *, backing: Path | None = None) -> None:
+    """Make an image of 4 MiB with random content, by QEMU, of one of `KINDS`; a data file lies beside it."""
+    chain = ["-b", str(backing), "-F", "raw"] if backing and kind != "raw data file" else []
+    ok(qemu_img("create", "-q", "-f", "qcow2", "-o", _options(path, kind, rnd), *chain, path, "4M"))
+    fill(path, rnd, packed=0 if "data file" in kind else 6)
+    if "snapshots" in kind:
+        for name in ("one", "two"):
+            ok(qemu_img("snapshot", "-c", name, path))
+            if "shared" not in kind:
+                fill(path, rnd, count=6, packed=0)
+    if kind == "bitmaps":
+        for name in ("one", "two"):
+            ok(qemu_img("bitmap", "--add", "-g", "64k", path, name))
+        fill(path, rnd, count=6, packed=0)
+    if kind == "lazy" and rnd.random() < 0.5:
+        image = Anatomy(path)
+        image.data[79] |= 1
+        image.write(path)
+
+
+def damage_more(image: Anatomy, rnd: random.Random) -> None:
+    """Damage something else: L1 tables of snapshots too, bitmaps, the refcount table, the end of the file."""
+    kind = rnd.randrange(6)
+    if kind == 0:
+        del image.data[-rnd.randrange(1, 3 * image.size) :]
+    elif kind == 1:
+        image.data += bytes(rnd.randrange(1, 3 * image.size))
+    elif kind == 2:
+        place = rnd.choice(image.l1_places() + image.snapshot_tables())
+        bit = rnd.choice([COPIED, 512, 1 << 60, 1])
+        image.put(place, rnd.choice([0, image.get(place) ^ bit, COPIED | 1 << 40, image.l1]))
+    else:
+        start, length = rnd.choice(image.metadata())
+        place = start + rnd.randrange(length) & -8
+        image.put(place, rnd.choice([0, image.get(place) ^ 1 << rnd.randrange(64), COPIED | 1 << 40, image.l1]))

@@ -89,19 +89,22 @@ class Survey:
         self.refcount_table = refcount_table
         self.bits = header.cluster_bits
         self.size = header.cluster_size
+        #: counts in a refcount block
+        self.per_block = 8 * self.size >> header.refcount_order
         self.clusters = -(-storage.length >> self.bits)
         if self.clusters > MAX_CLUSTERS:
             raise Unsupported(f"has {self.clusters} clusters, too many to check", file=storage.name)
         self.result = CheckResult(total_clusters=-(-header.size // self.size))
         #: references to each host cluster, counts on disk, and `Use`; what a count can hold (or 32 bits)
         self.counted = np.zeros(self.clusters, np.uint32)
-        self.stored: Counts = np.zeros(self.clusters, _COUNT_TYPES[header.refcount_order])
+        self._all_stored = self._room_for_counts()
+        self.stored = self._all_stored[: self.clusters]
         self.uses = np.zeros(self.clusters, np.uint8)
         self.max_count = (1 << min(1 << header.refcount_order, 32)) - 1
         #: whether guest data lies in a file of its own, where nothing is counted
         self.external_data = header.data_file is not None
-        # the same for the one cluster behind the end that an area may reach into
-        self._counted_past = self._stored_past = 0
+        # references to the one cluster behind the end that an area may reach into
+        self._counted_past = 0
         #: entries of tables that are wrong by themselves, whatever is counted
         self.broken = 0
         #: copied flags that contradict the counts on disk
@@ -134,19 +137,27 @@ class Survey:
 
     # -- counts on disk
 
+    def _room_for_counts(self) -> Counts:
+        """Zeros, without need for memory before they are changed; also for what is counted behind the end of the file.
+
+        That has no cluster any more, where the file was cut off.
+        """
+        entries = np.frombuffer(self.refcount_table.entries, np.uint64)
+        covered = (int(np.flatnonzero(entries)[-1]) + 1) * self.per_block if entries.any() else 0
+        length = max(self.clusters + 1, min(covered, MAX_CLUSTERS))
+        return np.zeros(length, _COUNT_TYPES[self.header.refcount_order])
+
     async def _load_counts(self) -> None:
-        per_block = 8 * self.size >> self.header.refcount_order
-        for index, entry in enumerate(self.refcount_table.entries):
-            start = index * per_block
-            offset = entry & REFCOUNT_BLOCK_MASK
-            if start > self.clusters:
+        for index in np.flatnonzero(np.frombuffer(self.refcount_table.entries, np.uint64)).tolist():
+            room = self._all_stored[index * self.per_block : (index + 1) * self.per_block]
+            offset = self.refcount_table.entries[index] & REFCOUNT_BLOCK_MASK
+            if not len(room):
                 break
             if self.is_block(offset):
                 block = await self.storage.read_bytes(offset, self.size)
-                counts = unpack_counts(block, self.header.refcount_order)
-                self.stored[start : start + per_block] = counts[: self.clusters - start]
-                if self.clusters - start < per_block:
-                    self._stored_past = int(counts[self.clusters - start])
+                counts = unpack_counts(block, self.header.refcount_order)[: len(room)]
+                if counts.any():
+                    room[:] = counts
 
     def is_block(self, offset: int) -> bool:
         """Whether a refcount block can be at a host offset."""
@@ -189,39 +200,32 @@ class Survey:
         if not length:
             return
         if offset + length - self.storage.length >= self.size:
-            self._beyond(offset, length)
+            self.result.corrupt(_beyond(offset, length))
             return
         place = slice(offset >> self.bits, offset + length - 1 + self.size >> self.bits)
         self.counted[place] += 1
         self.uses[place] |= np.uint8(use)
         self._counted_past += place.stop > self.clusters
 
-    def _beyond(self, offset: int, length: int) -> None:
-        self.result.corrupt(f"reference to {length} bytes at {offset:#x}, beyond the end of the file")
-
     def _count_hosts(self, hosts: Entries, use: Use) -> None:
         """Count one reference to each of many clusters, by host offset; ones that come twice get two."""
         clusters = (hosts >> np.uint64(self.bits)).astype(np.int64)
         beyond = clusters >= self.clusters
         if beyond.any():
-            self.broken += int(np.count_nonzero(beyond))
-            for host in hosts[beyond]:
-                self._beyond(int(host), self.size)
+            count = int(np.count_nonzero(beyond))
+            self.broken += count
+            self.result.corrupt_each(count, (_beyond(host, self.size) for host in hosts[beyond].tolist()))
             clusters = clusters[~beyond]
         if not len(clusters):
             return
-        steps = np.diff(clusters)
-        if (steps == 1).all():
+        if (np.diff(clusters) == 1).all():
             # the usual case, and the fastest: data that lies as the guest sees it
             run = slice(int(clusters[0]), int(clusters[-1]) + 1)
             self.counted[run] += 1
             self.uses[run] |= np.uint8(use)
             return
-        if (steps > 0).all():
-            self.counted[clusters] += 1
-        else:
-            unique, times = np.unique(clusters, return_counts=True)
-            self.counted[unique] += times.astype(np.uint32)
+        # one after the other, since some may come twice
+        np.add.at(self.counted, clusters, np.uint32(1))
         self.uses[clusters] |= np.uint8(use)
 
     async def _count_snapshot(self, offset: int, entries: int) -> None:
@@ -262,7 +266,7 @@ class Survey:
 
     def _check_copied_table(self, index: int, entry: int) -> None:
         cluster = (entry & OFFSET_MASK) >> self.bits
-        count = int(self.stored[cluster]) if cluster < self.clusters else 0
+        count = int(self._all_stored[cluster]) if cluster < len(self._all_stored) else 0
         if (count == 1) != bool(entry & COPIED):
             self.wrong_flags += 1
             self.result.corrupt(f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}")
@@ -340,13 +344,13 @@ class Survey:
 
     def _check_copied_data(self, entries: Entries, hosts: Entries) -> None:
         clusters = (hosts >> np.uint64(self.bits)).astype(np.int64)
-        beyond = clusters >= self.clusters
+        beyond = clusters >= len(self._all_stored)
         if self.external_data:
             counts = np.ones(len(clusters), self.stored.dtype)
         elif beyond.any():
-            counts = np.where(beyond, 0, self.stored[np.where(beyond, 0, clusters)])
+            counts = np.where(beyond, 0, self._all_stored[np.where(beyond, 0, clusters)])
         else:
-            counts = self.stored[clusters]
+            counts = self._all_stored[clusters]
         wrong = (counts == 1) != (entries & np.uint64(COPIED) != 0)
         if wrong.any():
             self.wrong_flags += int(np.count_nonzero(wrong))
@@ -372,7 +376,7 @@ class Survey:
         beyond = ends.astype(np.int64) - self.storage.length >= self.size
         for start, end in zip(starts[beyond].tolist(), ends[beyond].tolist(), strict=True):
             self.broken += 1
-            self._beyond(start, end - start)
+            self.result.corrupt(_beyond(start, end - start))
         clusters = starts[~beyond] >> np.uint64(self.bits)
         last = ends[~beyond] - np.uint64(1) >> np.uint64(self.bits)
         while len(clusters):
@@ -430,10 +434,8 @@ class Survey:
             end = start + int(used[-1]) + 1 if len(used) else end
         if self._counted_past:
             end = self.clusters + 1
-            past = (
-                np.array([count], np.uint32) for count in (self._stored_past, min(self._counted_past, self.max_count))
-            )
-            self._find_mismatches(self.clusters, *past)
+            counted = np.array([min(self._counted_past, self.max_count)], np.uint32)
+            self._find_mismatches(self.clusters, self._all_stored[self.clusters : end], counted)
         self.result.image_end_offset = end * self.size
 
     def _find_overflow(self, start: int, counted: Counts) -> None:
@@ -452,6 +454,10 @@ class Survey:
                 len(found),
                 (f"cluster {start + c} refcount={int(stored[c])} reference={int(counted[c])}" for c in found.tolist()),
             )
+
+
+def _beyond(offset: int, length: int) -> str:
+    return f"reference to {length} bytes at {offset:#x}, beyond the end of the file"
 
 
 def compressed_places(entries: Entries, cluster_bits: int) -> tuple[Entries, Entries]:
