@@ -46,10 +46,15 @@ class ClusterSet:
 
     def add(self, clusters: Clusters) -> int:
         """Add clusters; returns how many of them were in already, or come twice."""
-        unique = np.unique(clusters)
-        byte, bit = unique >> 3, (1 << (unique & 7)).astype(np.uint8)
+        ordered = clusters if (np.diff(clusters) > 0).all() else np.sort(clusters)
+        unique = ordered[np.diff(ordered, prepend=-1) > 0]
+        if not len(unique):
+            return 0
+        byte, bit = unique >> 3, np.uint8(1) << (unique & 7).astype(np.uint8)
         again = np.count_nonzero(self._bits[byte] & bit)
-        np.bitwise_or.at(self._bits, byte, bit)
+        # those in one byte follow each other
+        firsts = np.flatnonzero(np.diff(byte, prepend=-1))
+        self._bits[byte[firsts]] |= np.bitwise_or.reduceat(bit, firsts)
         return len(clusters) - len(unique) + int(again)
 
     def add_range(self, first: int, count: int) -> int:
