@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import struct
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,11 @@ class Verdict(NamedTuple):
 
 
 def theirs(path: Path, *options: str) -> Verdict:
-    done = qemu_img("check", "-f", "qcow2", "--output=json", *options, path)
+    try:
+        done = qemu_img("check", "-f", "qcow2", "--output=json", *options, path)
+    except subprocess.TimeoutExpired:
+        # it looks for room for counts cluster by cluster, from a block that is said to be far out
+        return Verdict(None, 1, "took too long")
     found = json.loads(done.stdout) if done.stdout else {"check-errors": 1}
     if found["check-errors"]:
         return Verdict(None, 1, done.stderr)
@@ -66,6 +71,9 @@ def assert_same(mine: Verdict, qemu: Verdict) -> None:
     elif is_cut_off(mine):
         # it takes the missing part of a table for zeros: all that was mapped there is lost without a word
         assert mine.code in (1, CORRUPT)
+    elif mine.words.endswith("too many to check"):
+        # it has put new refcount blocks so far out that the file would have 2^30 clusters
+        assert mine.found is None
     else:
         assert mine[:2] == qemu[:2], (mine.words, qemu.words)
 
@@ -121,7 +129,10 @@ async def test_cowfs_and_qemu_agree(tmp_path: Path, kind: str, seed: int) -> Non
         shutil.copy(path, qemus := tmp_path / "qemus")
         repaired, by_qemu = await ours(mine, how), theirs(qemus, "-r", how.value)
         assert_same(repaired, theirs(mine))
-        assert_same(repaired if how is Repair.LEAKS else await ours(qemus), by_qemu)
+        assert_same(await ours(qemus), theirs(qemus))
+        # with 1-bit counts QEMU overlooks that a refcount block is in use for something else, and writes to it
+        if how is Repair.LEAKS and "more references than fit" not in repaired.words:
+            assert_same(repaired, by_qemu)
         if how is Repair.ALL:
             # without its L1 or snapshot table an image is not opened at all
             assert repaired.code == 0 or (repaired.found is None and is_cut_off(repaired)), repaired.words

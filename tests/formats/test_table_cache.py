@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
+import trio
+from commandline import ok, qemu_img
 
 from cowfs.block.disk import Disk
 from cowfs.block.twolevel import TwoLevelImage
@@ -40,6 +42,7 @@ async def test_random_access_to_a_huge_disk(tmp_path: Path, format: str, size: i
         assert image.tables.resident <= bound
     assert len(places) * table > 4 * bound
     await disk.close()
+    ok(qemu_img("check", "-q", "-f", format, path))
     disk, image, bound = await _opened(path)
     for number, offset in enumerate(places):
         assert await disk.read(offset, 512) == bytes([number % 255 + 1]) * 512
@@ -52,6 +55,46 @@ async def test_random_access_to_a_huge_disk(tmp_path: Path, format: str, size: i
     await disk.flush()
     assert image.tables.resident <= bound
     await disk.close()
+    ok(qemu_img("check", "-q", "-f", format, path))
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "table"),
+    [("qcow2", {}, 64 * K), ("qcow2", {"cluster_size": "2M"}, 2 * M), ("qed", {"table_size": "16"}, M)],
+)
+async def test_requests_side_by_side_need_a_table_each_beyond_the_bound(
+    tmp_path: Path, format: str, options: dict[str, str], table: int
+) -> None:
+    path = tmp_path / "image"
+    await create_image(str(path), format, 16 * T, options=options)
+    disk, image, bound = await _opened(path)
+    tasks, rnd = 16, random.Random(1)
+    written: dict[int, int] = {}
+    most = 0
+
+    async def work(task: int) -> None:
+        nonlocal most
+        for _ in range(10):
+            # no two tasks write to the same cluster of 2 MiB, few to the same table
+            offset = (rnd.randrange(16 * T // (2 * M) // tasks) * tasks + task) * 2 * M
+            await disk.write(offset, bytes([task + 1]) * 512)
+            written[offset] = task + 1
+            most = max(most, image.tables.resident)
+            await disk.read(rnd.randrange(16 * T // 512) * 512, 512)
+            most = max(most, image.tables.resident)
+
+    async with trio.open_nursery() as nursery:
+        for task in range(tasks):
+            nursery.start_soon(work, task)
+    assert most <= bound + tasks * table
+    # nobody is under way any more
+    await disk.write(0, b"\1")
+    await disk.flush()
+    assert image.tables.resident <= bound
+    for offset, byte in written.items():
+        assert await disk.read(offset, 512) == bytes([byte if offset else 1]) + bytes([byte]) * 511
+    await disk.close()
+    ok(qemu_img("check", "-q", "-f", format, path))
 
 
 async def test_counts_of_clusters_all_over_the_file(tmp_path: Path) -> None:
