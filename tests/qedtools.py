@@ -37,8 +37,9 @@ def qemu_io(path: Path, *commands: str) -> None:
     assert "failed" not in done.stdout, done.stdout
 
 
-def qemu_check(path: Path) -> dict[str, int]:
-    done = subprocess.run(["qemu-img", "check", "-f", "qed", "--output=json", path], capture_output=True, check=False)
+def qemu_check(path: Path, *options: str) -> dict[str, int]:
+    words = ["qemu-img", "check", "-f", "qed", "--output=json", *options, str(path)]
+    done = subprocess.run(words, capture_output=True, check=False)
     found: dict[str, int] = json.loads(done.stdout)
     assert found["check-errors"] == 0
     return found

@@ -135,3 +135,18 @@ async def test_a_power_cut_during_a_repair_leaves_what_can_be_repaired(tmp_path:
         _assert_clean(path)
         after = await _content(path)
         assert [new if old is not None else None for old, new in zip(before, after, strict=True)] == before
+
+
+async def test_data_that_a_wrong_l1_entry_takes_for_a_table_is_kept(tmp_path: Path) -> None:
+    image = _make(path := tmp_path / "image")
+    l1, table = header_on_disk(path).l1_offset, _table(image, path)
+    data = int.from_bytes(image[table + 8 * 4 : table + 8 * 5], "little")
+    image[data : data + 8192] = noise = random.Random(1).randbytes(8192)
+    _put(image, l1 + 8, data)
+    _put(image, table + 8 * 20, FAR)
+    path.write_bytes(image)
+    result = await _check(path, Repair.ALL)
+    assert (result.corruptions_fixed, result.corruptions) == (1, qemu_check(path)["corruptions"])
+    disk = await open_disk(str(path), "qed")
+    assert await disk.read(4 * 4096, 8192) == noise
+    await disk.close()
