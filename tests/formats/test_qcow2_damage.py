@@ -81,7 +81,7 @@ def assert_same(mine: Verdict, qemu: Verdict) -> None:
 def is_cut_off(verdict: Verdict) -> bool:
     """Whether the file ends before one of its tables does."""
     if verdict.found is None:
-        return "that lies beyond the end of the file" in verdict.words
+        return "beyond the end of the file" in verdict.words
     return "is cut off by the end of the file" in verdict.words
 
 
