@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commandline import ok, qemu_img
 from qedtools import M, features_on_disk, header_on_disk, qemu_check, qemu_create, qemu_io
@@ -13,6 +14,7 @@ from cowfs.block.check import CheckResult, Repair
 from cowfs.errors import CorruptImage, CowfsError
 from cowfs.formats import qed
 from cowfs.formats.chain import open_disk, open_image
+from cowfs.formats.qed.check import ClusterSet
 from cowfs.formats.qed.layout import Feature
 
 FAR = 1 << 40
@@ -150,3 +152,22 @@ async def test_data_that_a_wrong_l1_entry_takes_for_a_table_is_kept(tmp_path: Pa
     disk = await open_disk(str(path), "qed")
     assert await disk.read(4 * 4096, 8192) == noise
     await disk.close()
+
+
+def test_a_set_of_clusters_counts_what_is_in_already() -> None:
+    """In order or not, once or twice, empty too."""
+    chooser = np.random.default_rng(1)
+    for _ in range(300):
+        end = int(chooser.integers(1, 200))
+        ours, model = ClusterSet(end), set[int]()
+        for _ in range(5):
+            clusters = chooser.integers(0, end, int(chooser.integers(0, 60)), np.int64)
+            if chooser.random() < 0.5:
+                clusters.sort()
+            again = 0
+            for cluster in clusters.tolist():
+                again += cluster in model
+                model.add(cluster)
+            assert ours.add(clusters) == again
+        assert ours.count_free() == end - len(model)
+        assert np.concatenate(list(ours.free(end))).tolist() == sorted(set(range(end)) - model)
