@@ -75,6 +75,12 @@ class CorruptImage(CowfsError):
     errno = errno.EIO
 
 
+class BaseChanged(CowfsError):
+    """A backing file is not what it was when the image was put on it."""
+
+    errno = errno.ESTALE
+
+
 class OutOfRange(CowfsError):
     """A request reaches beyond the end of the disk, as on a block device."""
 

@@ -20,6 +20,7 @@ from cowfs.block.alignment import align_down, align_up, split
 from cowfs.block.chain import Chain, Piece
 from cowfs.block.copyonread import Populator
 from cowfs.block.extent import Extent, Kind
+from cowfs.block.identity import forget, remember
 from cowfs.block.layer import Layer
 from cowfs.block.partial import SECTOR, Below, PartialClusters
 from cowfs.block.rangelock import RangeLock
@@ -355,8 +356,18 @@ class Disk(Chain):
                 await self.layers[0].shrink(size)
 
     async def set_layer_writable(self, depth: int, writable: bool) -> None:
-        """Open a backing layer for writing, or make it read-only again, flushed."""
-        await self.layers[depth].set_writable(writable)
+        """Open a backing layer for writing, or make it read-only again, flushed.
+
+        The active layer remembers nothing of the layer below while that is open for writing.
+        """
+        if writable and depth == 1:
+            await forget(self.layers[0])
+        try:
+            await self.layers[depth].set_writable(writable)
+        finally:
+            if depth == 1 and self.layers[1].storage.read_only:
+                with trio.CancelScope(shield=True):
+                    await remember(self.layers[0], self.layers[1])
 
     async def drop_backing(self) -> None:
         """Make the active layer the whole chain. The caller has seen to it that nothing is taken from below.

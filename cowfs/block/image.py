@@ -64,8 +64,15 @@ class Image(ABC):
     dirty: bool = False
     #: name, as the header records it, of a second file that holds the guest's data; see `attach_data`
     data_file: str | None = None
+    #: what the image keeps for `cowfs.block.identity`; means nothing to the format
+    stamp: bytes | None = None
     #: whether a cluster that reaches beyond the end of the disk is written as a whole
     writes_past_end: bool = True
+
+    @property
+    def spoiled_by_writing(self) -> bool:
+        """Whether any write takes something from the image that other programs put there."""
+        return False
 
     @property
     def unit(self) -> int:
@@ -192,6 +199,14 @@ class Image(ABC):
     async def set_backing(self, backing: Backing | None) -> None:
         """Change the recorded backing file. Everything before is durable first, the change itself atomic."""
         raise Unsupported(f"{self.format} images have no backing file")
+
+    async def set_stamp(self, stamp: bytes | None) -> bool:
+        """Keep other bytes, or none, as `stamp`, durably and at once; False if there is no room."""
+        return False
+
+    def fingerprint(self) -> bytes:
+        """Return bytes of metadata in memory that are likely to change if the disk does, the same on all machines."""
+        return b""
 
     async def check(self, repair: Repair = Repair.NONE) -> CheckResult:
         """Look for structural damage and leaks, and put right what ``repair`` says; nothing else is under way.

@@ -30,6 +30,8 @@ BOUND = 1 << 30
 MIN_CLUSTERS = 16
 #: clusters completed in one step
 BATCH = 64
+#: seconds without such writes after which clusters are completed in the background
+QUIET = 0.1
 
 
 class Source(NamedTuple):
@@ -103,8 +105,9 @@ class PartialClusters:
         self._most = max(MIN_CLUSTERS, BOUND >> self._bits)
         #: by the number of the guest's cluster, oldest first
         self.clusters: dict[int, Partial] = {}
+        self._writes = 0
         self._progress = trio.Event()
-        self._many = trio.Event()
+        self._some = trio.Event()
 
     # -- writing
 
@@ -134,10 +137,10 @@ class PartialClusters:
                 self._give_back(number, cluster)
                 return False
             self.clusters[number] = cluster
-            if len(self.clusters) > self._most >> 1:
-                self._many.set()
+            self._some.set()
         elif cluster.busy or not storage.write_now(cluster.host_offset + within, (data,)):
             return False
+        self._writes += 1
         cluster.mask |= (1 << (length // SECTOR)) - 1 << within // SECTOR
         return True
 
@@ -188,11 +191,19 @@ class PartialClusters:
         await self._complete([(number, self.clusters[number]) for number in self.within(offset, end)])
 
     async def complete_in_background(self) -> None:
-        """Wait until many clusters are partial, and complete the oldest."""
-        while len(self.clusters) <= self._most >> 1:
-            self._many = trio.Event()
-            await self._many.wait()
-        await self._complete(list(islice(self.clusters.items(), BATCH)))
+        """Wait until some clusters are partial and no writes come for a while, and complete them until some do.
+
+        While writes come, copying would only hold them up, and many of the clusters are about to be filled.
+        """
+        while not self.clusters:
+            self._some = trio.Event()
+            await self._some.wait()
+        seen = -1
+        while seen != self._writes:
+            seen = self._writes
+            await trio.sleep(QUIET)
+        while self.clusters and seen == self._writes:
+            await self._complete(list(islice(self.clusters.items(), BATCH)))
 
     async def _complete(self, wanted: list[tuple[int, Partial]]) -> None:
         failure: CowfsError | None = None

@@ -374,6 +374,10 @@ class TwoLevelImage(Image):
             self._drop(table.entries[index])
             table.set(index, value)
 
+    def fingerprint(self) -> bytes:
+        """The L1 table."""
+        return np.frombuffer(self.l1.entries, np.uint64).astype("<u8").tobytes()
+
     async def grow(self, size: int, zeroed_until: int) -> None:
         """Make room in L1, hide what is below behind zero clusters, and record the new size last."""
         await self.prepare()

@@ -42,6 +42,7 @@ COMMANDS = {
     "convert": Entry("Copy disks into an image of any format.", usage=1),
     "rebase": Entry("Put an overlay onto another backing file.", usage=1),
     "measure": Entry("Tell how large an image would be.", usage=1),
+    "verify": Entry("Tell whether the backing files of an image are what they were.", failure=2),
     "resize": Entry("Change the size of a disk."),
     "snapshot": Entry("List, make, apply and delete the snapshots inside an image."),
     "mount": Entry("Show chains of images as flat files in a directory."),

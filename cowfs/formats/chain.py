@@ -4,9 +4,11 @@ import os.path
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from cowfs.block.disk import FLUSH_INTERVAL, Disk
+from cowfs.block.identity import remember, require_unchanged
 from cowfs.block.image import Backing, Image
 from cowfs.block.layer import Layer
 from cowfs.block.metacache import DEFAULT_BOUND
@@ -31,11 +33,13 @@ class Opening:
 
     ``cache_size`` bounds the bytes of tables that each layer keeps in memory. ``vet`` is shown each file's name before
     it is opened, and refuses it by raising. Without ``locking``, nobody is told that they are in use, nor asked.
+    ``trusting`` takes backing files for what they were, although they have changed.
     """
 
     cache_size: int = DEFAULT_BOUND
     vet: Vet | None = None
     locking: bool = True
+    trusting: bool = False
 
 
 #: what there is to say if there is nothing
@@ -108,6 +112,9 @@ async def open_chain(
             if len(layers) > MAX_DEPTH:
                 raise InvalidImage(f"the chain has more than {MAX_DEPTH} layers", file=name)
             source = backing_source(source.name, image.backing) if image.backing else None
+        if not opening.trusting:
+            for above, below in pairwise(layers):
+                await require_unchanged(above, below)
     except BaseException:
         for layer in layers:
             await layer.image.close_storages()
@@ -150,6 +157,12 @@ async def open_disk(
         for layer in layers:
             await layer.image.close_storages()
         raise
+
+
+async def remember_base(disk: Disk) -> None:
+    """Have a disk that can be written remember what is below it, if it does not yet."""
+    if not disk.read_only and len(disk.layers) > 1:
+        await remember(disk.layers[0], disk.layers[1])
 
 
 async def _show_snapshot(image: Image, snapshot: str | SnapshotKey) -> None:

@@ -15,7 +15,7 @@ import trio
 from cowfs.block.alignment import align_up
 from cowfs.block.image import Backing
 from cowfs.errors import CowfsError, InvalidImage, StorageError, UsageError
-from cowfs.formats.chain import backing_source, open_chain
+from cowfs.formats.chain import backing_source, open_chain, open_disk, remember_base
 from cowfs.formats.datafile import data_path
 from cowfs.formats.registry import Format, format_named
 from cowfs.storage import Storage, create_storage, open_storage, sync_directory
@@ -54,6 +54,12 @@ async def create_image(
         size = align_up(size, SECTOR)
         await _dry_run(driver, name, size, backing, options)
         await _make(name, driver, size, backing, options, is_new=existing is None)
+        if backing is not None and not trust_backing:
+            disk = await open_disk(name, format, writable=True)
+            try:
+                await remember_base(disk)
+            finally:
+                await disk.close()
     except CowfsError as error:
         if error.file is None:
             error.file = name

@@ -16,6 +16,7 @@ from cowfs.block.chain import Chain
 from cowfs.block.differences import View, differing_runs, unlike
 from cowfs.block.disk import Disk
 from cowfs.block.extent import Extent, Kind
+from cowfs.block.identity import remember
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.errors import InvalidImage, UsageError, blaming
@@ -62,6 +63,8 @@ async def rebase(name: str, format: str | None, backing: Backing | None, progres
             await _Rebase(disk, below, progress).run()
             await disk.flush()
             await disk.layers[0].set_backing(backing)
+            if below is not None:
+                await remember(disk.layers[0], below.layers[0])
 
 
 def _check(backing: Backing | None) -> None:

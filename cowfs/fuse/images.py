@@ -12,7 +12,7 @@ import trio
 
 from cowfs.block.disk import Disk
 from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
-from cowfs.formats.chain import Opening, open_disk
+from cowfs.formats.chain import Opening, open_disk, remember_base
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
@@ -195,6 +195,7 @@ class Mount:
         disk = await self._open_disk(path, source.format or self.settings.format, writable)
         try:
             self._refuse_sharing(disk)
+            await remember_base(disk)
         except BaseException:
             await disk.close()
             raise
@@ -210,7 +211,9 @@ class Mount:
                 writable=writable,
                 copy_on_read=self.settings.copy_on_read,
                 flush_interval=self.settings.flush_interval,
-                opening=Opening(self.settings.cache_size, self._refuse_inside, self.settings.locking),
+                opening=Opening(
+                    self.settings.cache_size, self._refuse_inside, self.settings.locking, self.settings.accept_base
+                ),
                 snapshot=self.settings.snapshot,
             )
         except Busy as error:

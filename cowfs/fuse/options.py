@@ -33,6 +33,7 @@ class Settings:
     #: bytes of tables that each image file keeps in memory
     cache_size: int = DEFAULT_BOUND
     locking: bool = True
+    accept_base: bool = False
     log: str | None = None
     #: flags of mount(2) by their names, passed on as they are
     flags: frozenset[str] = field(default_factory=frozenset)
@@ -90,6 +91,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "allow_other": ({"allow_other": True}, "users other than the one who mounts may enter"),
     "copy-on-read": ({"copy_on_read": True}, "what a read fetches from below stays in the overlay; the default"),
     "no-copy-on-read": ({"copy_on_read": False}, "it does not"),
+    "accept-base": ({"accept_base": True}, "backing files that have changed are taken for what they should be"),
     "lock": ({"locking": True}, "other programs are kept from using the images in ways that clash; the default"),
     "nolock": ({"locking": False}, "they are not, and not asked either"),
     "writeback-cache": ({"writeback_cache": True}, "buffered writes wait in the kernel's page cache; the default"),

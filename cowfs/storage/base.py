@@ -61,6 +61,11 @@ class Storage(ABC):
     def allocated(self) -> int:
         """Bytes of the host's space that it takes, as ``st_blocks`` tells."""
 
+    @property
+    def modified_ns(self) -> int:
+        """When its bytes were last changed, in nanoseconds since the epoch; 0 if nobody knows."""
+        return 0
+
     @abstractmethod
     def read_now(self, offset: int, buffers: ReadBuffers) -> bool:
         """Fill ``buffers`` from ``offset`` without blocking; False if that is not possible, buffers undefined."""

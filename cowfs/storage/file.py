@@ -34,6 +34,10 @@ IOV_MAX = 1024
 #: bytes written at once where a hole cannot be punched
 ZERO_CHUNK = 1 << 20
 _ZEROS = bytes(ZERO_CHUNK)
+#: pieces copied before everything else gets its turn
+COPY_TURN = 8
+#: for copies that are made without suspending
+_SCRATCH = memoryview(bytearray(256 << 10))
 
 #: errnos by which a file system says that it has no RWF_NOWAIT reads; tmpfs is one: all it holds is memory
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS)
@@ -113,6 +117,11 @@ class FileStorage(Storage):
         """Bytes of host space, from ``st_blocks``; the size, on a block device."""
         return self.length if self._is_device else os.fstat(self._fd).st_blocks * 512
 
+    @property
+    def modified_ns(self) -> int:
+        """A block device's time is that of its name."""
+        return 0 if self._is_device else os.fstat(self._fd).st_mtime_ns
+
     def fileno(self) -> int:
         """Return the descriptor, for the few calls that only local files have."""
         return self._fd
@@ -179,17 +188,36 @@ class FileStorage(Storage):
             rest = _advance(rest, done)
 
     async def copy_in(self, moves: Sequence[Move]) -> None:
-        """All in one worker thread, if the sources are files too."""
-        if not all(move.source is None or isinstance(move.source, FileStorage) for move in moves):
-            await super().copy_in(moves)
-        elif moves:
+        """What the page cache holds is copied on the spot, a little at a time; the rest by a worker thread.
+
+        A thread for all of it would be slower: on small pieces the two threads get in each other's way.
+        """
+        cold: list[Move] = []
+        for number, move in enumerate(moves, start=1):
+            if not self._copy_now(move):
+                cold.append(move)
+            if not number % COPY_TURN:
+                await trio.lowlevel.checkpoint()
+        if not all(move.source is None or isinstance(move.source, FileStorage) for move in cold):
+            await super().copy_in(cold)
+        elif cold:
             try:
-                await trio.to_thread.run_sync(self._copy_in, moves)
+                await trio.to_thread.run_sync(self._copy, cold)
             except OSError as error:
                 raise StorageError.from_os(error, file=self.name, doing="cannot write") from error
-            self.length = max(self.length, *(move.offset + move.length for move in moves))
+            self.length = max(self.length, *(move.offset + move.length for move in cold))
 
-    def _copy_in(self, moves: Sequence[Move]) -> None:
+    def _copy_now(self, move: Move) -> bool:
+        if move.length > len(_SCRATCH):
+            return False
+        view = _SCRATCH[: move.length]
+        if move.source is None:
+            view = memoryview(_ZEROS)[: move.length]
+        elif not move.source.read_now(move.source_offset, [view]):
+            return False
+        return self.write_now(move.offset, [view])
+
+    def _copy(self, moves: Sequence[Move]) -> None:
         buffer = memoryview(bytearray(min(COPY_CHUNK, max(move.length for move in moves))))
         for source, source_offset, offset, length in moves:
             if not isinstance(source, FileStorage):

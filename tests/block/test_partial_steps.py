@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 from storages import Gate, MemoryStorage
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cowfs.block import partial
 from cowfs.block.disk import Disk
@@ -89,7 +89,9 @@ async def setup(format: str, *, has_base: bool = True) -> AsyncIterator[Setup]:
 
 
 @pytest.fixture(params=DRIVERS)
-def format(request: pytest.FixtureRequest) -> str:
+def format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A format; nothing is completed in the background."""
+    monkeypatch.setattr(partial, "QUIET", 1e9)
     return str(request.param)
 
 
@@ -201,15 +203,26 @@ async def test_beyond_the_bound_the_rest_is_copied_with_the_write(format: str, m
     monkeypatch.setattr(partial, "BOUND", 0)
     monkeypatch.setattr(partial, "MIN_CLUSTERS", 2)
     async with setup(format) as s:
-        gate = s.base.gates["read"] = Gate()
         s.write(FIRST, 512)
         s.write(2 * CLUSTER, 512)
-        await gate.arrived.wait()
         assert not s.disk.write_now(3 * CLUSTER, b"x" * 512)
-        gate.open()
         await s.disk.write(3 * CLUSTER, b"x" * 512)
         s.model[3 * CLUSTER : 3 * CLUSTER + 512] = b"x" * 512
-        assert 3 not in s.partial
+        assert s.partial == [1, 2]
+
+
+async def test_when_no_writes_come_any_more_the_rest_is_copied(
+    format: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr(partial, "QUIET", 1.0)
+    monkeypatch.setattr(partial, "BATCH", 2)
+    async with setup(format) as s:
+        for number in range(1, 6):
+            s.write(number * CLUSTER, 512)
+            await trio.sleep(0.6)
+            assert len(s.partial) == number
+        await trio.sleep(2)
+        assert s.partial == []
 
 
 async def test_a_lookup_that_meets_the_completion_finds_the_data(format: str) -> None:

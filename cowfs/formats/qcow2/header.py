@@ -20,6 +20,7 @@ from cowfs.errors import Unsupported, UsageError
 from cowfs.formats.qcow2.layout import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_FEATURE_NAMES,
+    EXTENSION_STAMP,
     MAX_BACKING_NAME,
     SECTOR,
     Header,
@@ -59,15 +60,18 @@ class Plan(NamedTuple):
     stale: list[tuple[int, int]]
 
 
-def plan(header: Header, backing: Backing | None) -> Plan:
-    """Find out how to get from a header to the same header with another backing file, or none.
+def plan(header: Header, backing: Backing | None, stamp: bytes | None = None) -> Plan:
+    """Find out how to get from a header to the same header with another backing file, or none, and another stamp.
 
     Raises `UsageError` for what no header can record, `Unsupported` if this header cluster has no room.
     """
     name, format = _encode(backing)
     kept = [entry for entry in header.extensions if not _is_filler(*entry)]
     old = _current(header)
-    choices = _arrangements(kept, format)
+    changed = [entry for entry in kept if entry[0] != EXTENSION_STAMP]
+    if stamp is not None:
+        changed.append((EXTENSION_STAMP, stamp))
+    choices = _arrangements(changed, format)
     states: list[State] | None = None
     for extensions in choices:
         if (new := _place(header, old, extensions, name)) is not None:

@@ -26,6 +26,7 @@ from cowfs.formats.qcow2.layout import (
     COMPRESSED,
     COMPRESSION_TYPES,
     COPIED,
+    EXTENSION_STAMP,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_EXTENDED_L2,
@@ -76,6 +77,7 @@ class Qcow2Image(TwoLevelImage):
         self.table_bits = header.table_entries.bit_length() - 1
         self.data_file = header.data_file
         self.backing = header.backing
+        self.stamp = next((data for kind, data in header.extensions if kind == EXTENSION_STAMP), None)
         self._for_repair = for_repair
         self.update_marks()
         self._has_zero_flag = header.version >= 3
@@ -329,6 +331,11 @@ class Qcow2Image(TwoLevelImage):
 
     # -- header
 
+    @property
+    def spoiled_by_writing(self) -> bool:
+        """Autoclear bits, and the bitmaps that one of them stands for."""
+        return bool(self.header.autoclear & ~self.kept_autoclear)
+
     def _set_field(self, position: int, size: int, value: int) -> None:
         for index, byte in enumerate(value.to_bytes(size, "big"), start=position):
             self.sector.set(index, byte)
@@ -338,13 +345,24 @@ class Qcow2Image(TwoLevelImage):
 
         Raises `UsageError` for what no header records, `Unsupported` if this one has no room for it.
         """
+        await self._change_header(backing, None)
+
+    async def set_stamp(self, stamp: bytes | None) -> bool:
+        """A header extension."""
+        try:
+            await self._change_header(self.backing, stamp)
+        except Unsupported:
+            return False
+        return True
+
+    async def _change_header(self, backing: Backing | None, stamp: bytes | None) -> None:
         await self.flush()
         header = self.header
         if self._rewriting:
             # the last change failed on its way, in one of several states that mean the same
             head = await self.storage.read_bytes(0, min(self.cluster_size, self.storage.length))
             header = parse_header(head, self.storage.length)
-        steps = plan(header, backing)
+        steps = plan(header, backing, stamp)
         self._rewriting = True
         for state in steps.states:
             await write_rest(self.storage, state)
@@ -353,6 +371,7 @@ class Qcow2Image(TwoLevelImage):
         self.header.extensions = steps.extensions
         self._rewriting = False
         self.backing = self.header.backing = backing
+        self.stamp = stamp
         for offset, length in steps.stale:
             # zeroed by the next flush, so that old names do not stay behind
             self.tables.add(Table(offset, array("B", bytes(length)), Level.BODY, fresh=True))

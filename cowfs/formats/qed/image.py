@@ -30,6 +30,7 @@ from cowfs.formats.qed.layout import (
 from cowfs.formats.qed.repair import check_and_repair, drop_wrong_entries
 from cowfs.formats.qed.sharedstep import SharedStep
 from cowfs.formats.qed.space import Space
+from cowfs.formats.qed.stamp import read_stamp, stamp_place, write_stamp
 from cowfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ async def open_image(storage: Storage, *, cache_size: int = DEFAULT_BOUND, for_r
     l1 = await tables.read(header.l1_offset, header.table_bytes, "Q", "L1 table")
     image = QedImage(storage, header, tables, sector, l1)
     image.backing = await _read_backing(storage, header)
+    image.stamp = await read_stamp(storage, header)
     if for_repair:
         image.unwritable = "is open to be repaired, not to be written"
     elif not storage.read_only:
@@ -346,12 +348,21 @@ class QedImage(TwoLevelImage):
         old = self.header
         await self._write_header(features=features, backing_offset=place, backing_size=len(name))
         self.backing = backing
+        if self.stamp is not None:
+            await self.set_stamp(None)
         if old.features & Feature.BACKING_FILE:
             self._wipe(old.backing_offset, old.backing_size)
 
+    async def set_stamp(self, stamp: bytes | None) -> bool:
+        """The last sector of the header clusters."""
+        kept = await write_stamp(self.storage, self.header, stamp)
+        if kept:
+            self.stamp = stamp
+        return kept
+
     async def _place_for(self, length: int) -> int:
         """Offset of so many unused bytes in the header clusters, behind the sector that changes atomically."""
-        area = bytearray(await self.storage.read_bytes(SECTOR, min(self.header.header_bytes, NAME_AREA) - SECTOR))
+        area = bytearray(await self.storage.read_bytes(SECTOR, min(stamp_place(self.header), NAME_AREA) - SECTOR))
         start, end = self.header.backing_offset - SECTOR, self.header.backing_offset + self.header.backing_size - SECTOR
         if self.header.features & Feature.BACKING_FILE and end > 0:
             area[max(start, 0) : end] = b"\xff" * (end - max(start, 0))
