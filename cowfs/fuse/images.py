@@ -199,6 +199,9 @@ class Mount:
         except BaseException:
             await disk.close()
             raise
+        for layer in disk.layers:
+            if layer.image.dirty and layer.storage.read_only:
+                log.warning("%s: was not closed cleanly, and is not repaired while it is open read-only", layer.name)
         served = Served(name, disk)
         served.truncate = lambda size: self.truncate(served, size)
         return served

@@ -41,6 +41,8 @@ from cowfs.formats import qed
 from cowfs.formats.chain import open_disk
 from cowfs.formats.qed.layout import Feature
 from cowfs.formats.raw import RawImage
+from cowfs.fuse.images import Mount, Source
+from cowfs.fuse.options import Settings
 from cowfs.storage.base import WriteBuffers
 
 CLUSTER = 4096
@@ -393,7 +395,9 @@ async def test_without_the_bit_nothing_is_dropped(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-async def test_a_read_only_open_leaves_everything_alone_and_says_so(tmp_path: Path) -> None:
+async def test_a_read_only_open_leaves_everything_alone_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path, content = await crashed(tmp_path)
     before = path.read_bytes()
     async with opened(path, writable=False) as disk:
@@ -402,4 +406,23 @@ async def test_a_read_only_open_leaves_everything_alone_and_says_so(tmp_path: Pa
         with pytest.raises(CorruptImage):
             await disk.read(4 * M, 512)
     assert "cleanly shut down: no" in ok(cowfs("info", path))
+    mount = Mount("/nowhere", Settings(read_only=True))
+    await mount.add(Source(str(path)))
+    assert f"{path}: was not closed cleanly, and is not repaired while it is open read-only" in caplog.text
+    assert await mount.close()
     assert path.read_bytes() == before
+
+
+async def test_a_marked_backing_file_is_left_alone_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, content = await crashed(tmp_path)
+    before = path.read_bytes()
+    top = await make(tmp_path / "top.qed", 24 * M, Backing("disk.qed", None))
+    mount = Mount("/nowhere", Settings())
+    await mount.add(Source(str(top)))
+    disk = mount.images["top"].disk
+    assert await disk.read(10 * M, CLUSTER) == content[10 * M : 10 * M + CLUSTER]
+    await disk.write(10 * M + 5, b"x")
+    assert await mount.close()
+    assert caplog.text.count("is not repaired while") == 1
+    assert path.read_bytes() == before
+    assert_clean(top)
