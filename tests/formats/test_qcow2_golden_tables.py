@@ -26,11 +26,14 @@ from goldenqcow2 import (
     in_little_memory,
     open_golden,
 )  # fmt: skip
-from imagetools import DATE, disk_content
+from imagetools import DATE, disk_at, disk_content, image_at
+from storages import MemoryStorage
 
+from cowfs.block.check import Repair
 from cowfs.block.disk import Disk
 from cowfs.block.layer import Layer
 from cowfs.errors import CowfsError
+from cowfs.formats import qcow2
 from cowfs.formats.qcow2.image import Qcow2Image
 
 # -- what shows only where it is read
@@ -179,6 +182,46 @@ async def test_refused_when_written(case: str) -> None:
     assert storage.content == golden.data
     # the one way to go on is open: what is not beyond repair is repaired
     assert (await (await open_golden(golden))[0].check()).corruptions or case == "corrupt bit"
+
+
+# -- what has two uses
+
+OVERLAPS = {"refcount table": TABLE, "refcount block": BLOCK, "L1": L1, "L2": L2}
+
+
+@pytest.mark.parametrize("what", OVERLAPS)
+async def test_data_in_the_place_of_metadata_is_read_but_not_written(tmp_path: Path, what: str) -> None:
+    cluster = OVERLAPS[what] // CLUSTER
+    golden = Golden().put(L2 + 8 * 40, OVERLAPS[what] | COPIED)
+    sentence = f"has data in host cluster {cluster}, which holds metadata; repair it with 'cowfs check -r all'"
+    image, storage = await open_golden(golden)
+    disk = Disk([Layer(image)], copy_on_read=False)
+    # anywhere near: in place, onto the metadata, and where something has to be allocated
+    for place in (0, 40, 20):
+        with pytest.raises(CowfsError) as caught:
+            await disk.write(place * CLUSTER, b"something new")
+        assert str(caught.value) == f"image: {sentence}"
+    assert storage.content == golden.data
+    # as with QEMU, there is no harm in reading
+    alone = await qcow2.open_image(MemoryStorage("image", bytes(golden.data), read_only=True))
+    disk = Disk([Layer(alone)], copy_on_read=False)
+    found = await disk.read(0, SIZE)
+    assert found[40 * CLUSTER : 41 * CLUSTER] == golden.data[OVERLAPS[what] :][:CLUSTER]
+    assert found[: 40 * CLUSTER] == CONTENT[: 40 * CLUSTER]
+    # what was found out while it was read holds when it shall be written
+    with pytest.raises(CowfsError) as caught:
+        await disk.layers[0].set_writable(True)
+    assert str(caught.value) == f"image: {sentence}"
+    # a repair moves the data out
+    path = tmp_path / "image"
+    path.write_bytes(golden.data)
+    async with image_at(path) as opened:
+        assert not (await opened.check(Repair.ALL)).corruptions
+    ok(qemu_img("check", "-q", path))
+    async with disk_at(path) as disk:
+        await disk.write(20 * CLUSTER, b"something new")
+        assert await disk.read(0, 20 * CLUSTER) == CONTENT[: 20 * CLUSTER]
+    ok(qemu_img("check", "-q", path))
 
 
 # -- the table of internal snapshots

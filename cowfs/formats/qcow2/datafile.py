@@ -11,6 +11,7 @@ what the guest sees: zeros are punched into it, and no cluster that has been zer
 from cowfs.block.alignment import align_up
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.image import Backing
+from cowfs.block.metacache import Table
 from cowfs.errors import CorruptImage, Unsupported
 from cowfs.formats.qcow2.extended import ExtendedImage
 from cowfs.formats.qcow2.image import Qcow2Image
@@ -81,6 +82,9 @@ class ExternalDataImage(Qcow2Image):
     def take_now(self, offset: int) -> int:
         """Whoever reads the data file by itself wants whole clusters there."""
         return NO_OFFSET
+
+    def _vet_table(self, table: Table) -> None:
+        """No metadata lies among the data."""
 
     async def free_entry(self, entry: int) -> None:
         """A place in the data file belongs to its guest cluster for ever."""

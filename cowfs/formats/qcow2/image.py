@@ -38,6 +38,7 @@ from cowfs.formats.qcow2.layout import (
     has_refcount_table,
     parse_header,
 )
+from cowfs.formats.qcow2.overlap import common, data_clusters
 from cowfs.formats.qcow2.refcounts import Refcounts
 from cowfs.formats.qcow2.repair import check_and_repair
 from cowfs.formats.qcow2.snapshots import find_snapshot, read_snapshots
@@ -265,8 +266,26 @@ class Qcow2Image(TwoLevelImage):
         return self.tables.add(Table(host_offset, entries, Level.LINK, fresh=True))
 
     async def load_table(self, host_offset: int) -> Table:
-        """One cluster of entries."""
-        return await self.tables.load(host_offset, self.cluster_size, "Q", Level.LINK, "L2 table")
+        """One cluster of entries. Raises `CorruptImage` if to write by them could destroy metadata."""
+        known = self.tables.get(host_offset)
+        table = known or await self.tables.load(host_offset, self.cluster_size, "Q", Level.LINK, "L2 table")
+        if known is None:
+            # no await since it came into memory: nobody has used it yet
+            self._vet_table(table)
+        return table
+
+    def _vet_table(self, table: Table) -> None:
+        """Refuse a table that has data in the place of metadata; who only reads may go on."""
+        entries = np.frombuffer(table.entries, np.uint64)[:: self.header.entry_words]
+        shared = common(data_clusters(entries, self.cluster_bits), self.refcounts.known_metadata())
+        if not len(shared):
+            return
+        what = f"has data in host cluster {int(shared[0])}, which holds metadata; repair it with 'cowfs check -r all'"
+        if self.storage.read_only:
+            self.unwritable = self.unwritable or what
+            return
+        self.tables.forget(table)
+        raise CorruptImage(what, file=self.storage.name)
 
     async def free_entry(self, entry: int) -> None:
         """Compressed clusters share host clusters: each that the packed bytes touch loses a reference."""

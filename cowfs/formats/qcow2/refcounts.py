@@ -66,6 +66,7 @@ class Refcounts:
         #: clusters whose count is 0 and that may not be handed out yet, and those of them that wait for `give_back`
         self._held: set[int] = set()
         self._returned: list[int] = []
+        self._known_metadata: npt.NDArray[np.int64] | None = None
         #: whether anything became free that might lie at the end
         self._freed = False
         #: set while the file is being cut off
@@ -122,6 +123,7 @@ class Refcounts:
             raise self._corrupt(cluster, "its reference count is 0")
         self._set(block, cluster, count - 1)
         if count == 1:
+            self._known_metadata = None
             stale = self._tables.get(cluster << self._cluster_bits)
             if stale is not None:
                 self._tables.forget(stale)
@@ -254,7 +256,7 @@ class Refcounts:
         free = np.flatnonzero(self._counts(block)[: max(0, self._next - start)] == 0) + start
         if self._held:
             free = free[~np.isin(free, np.fromiter(self._held, np.int64))]
-        wrong = free[np.isin(free, self._in_use())]
+        wrong = free[np.isin(free, self.metadata())]
         if len(wrong):
             raise CorruptImage(
                 f"has a table in host cluster {int(wrong[0])}, which counts as free;"
@@ -270,13 +272,19 @@ class Refcounts:
             return np.frombuffer(block.entries, block.entries.typecode)
         return unpack_counts(block.entries.tobytes(), self._order)
 
-    def _in_use(self) -> npt.NDArray[np.int64]:
+    def metadata(self) -> npt.NDArray[np.int64]:
         """Clusters that hold metadata, whatever their counts say."""
         first = self.table.offset >> self._cluster_bits
         table = np.arange(first, first + (self.table.size >> self._cluster_bits))
         blocks = np.frombuffer(self.table.entries, np.uint64) & np.uint64(OFFSET_MASK)
         places = (blocks[blocks != 0] >> np.uint64(self._cluster_bits)).astype(np.int64)
         return np.concatenate([np.zeros(1, np.int64), table, places, self._tables_in_use()])
+
+    def known_metadata(self) -> npt.NDArray[np.int64]:
+        """`metadata` in ascending order, without some that was allocated since nothing was freed."""
+        if self._known_metadata is None:
+            self._known_metadata = np.sort(self.metadata())
+        return self._known_metadata
 
     async def trim(self) -> None:
         """Cut free clusters off the end of the file; that they are free is on disk, and nobody writes meanwhile."""

@@ -1,0 +1,32 @@
+"""Data in the place of metadata: writing the one would destroy the other, so nothing is written there.
+
+QEMU compares the place of every write with that of the metadata; here every L2 table is compared as it comes into
+memory, since what is entered later comes from an allocator that hands nothing out twice.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from cowfs.formats.qcow2.layout import COMPRESSED, OFFSET_MASK
+
+Clusters = npt.NDArray[np.int64]
+
+
+def data_clusters(entries: npt.NDArray[np.uint64], cluster_bits: int) -> Clusters:
+    """Host clusters of data that is not compressed, by the descriptors of an L2 table; misaligned ones left out."""
+    hosts = entries & np.uint64(OFFSET_MASK)
+    inside = hosts & np.uint64((1 << cluster_bits) - 1)
+    placed = (hosts != 0) & (inside == 0) & (entries & np.uint64(COMPRESSED) == 0)
+    clusters: Clusters = (hosts[placed] >> np.uint64(cluster_bits)).astype(np.int64)
+    return clusters
+
+
+def common(clusters: Clusters, metadata: Clusters) -> Clusters:
+    """Clusters that are data and metadata; the latter in ascending order."""
+    if not len(clusters):
+        return clusters
+    # metadata lies mostly elsewhere
+    first, last = np.searchsorted(metadata, (clusters.min(), clusters.max() + 1))
+    near = metadata[first:last]
+    found: Clusters = near[np.isin(near, clusters)]
+    return found
