@@ -138,6 +138,9 @@ class Image(ABC):
     async def begin_writing(self) -> None:
         """The first change since it was opened for writing is about to be made, perhaps to data alone."""
 
+    def secure(self) -> None:
+        """Take the host's space for metadata that writing will change; called after `begin_writing`."""
+
     # -- allocation, for formats whose lookup answers anything but data
 
     async def reserve(self, offset: int, length: int) -> Reservation:

@@ -174,6 +174,7 @@ class Layer:
         if not self.begun:
             self.require_writable()
             await self.image.begin_writing()
+            self.image.secure()
             self.begun = True
 
     async def complete(self, offset: int, end: int) -> None:

@@ -52,7 +52,7 @@ class Table:
     ``fresh`` says that nothing on disk leads to it yet. ``pins`` counts who keeps it from being evicted.
     """
 
-    __slots__ = ("dirty", "entries", "fresh", "level", "offset", "pins")
+    __slots__ = ("dirty", "entries", "fresh", "level", "offset", "pins", "secured")
 
     def __init__(self, offset: int, entries: "array[int]", level: Level, *, fresh: bool) -> None:
         self.offset = offset
@@ -60,6 +60,8 @@ class Table:
         self.level = level
         self.fresh = fresh
         self.pins = 0
+        #: whether the host's space for it is taken
+        self.secured = False
         self.dirty: set[int] = set(range(-(-self.size // PAGE))) if fresh else set()
 
     @property
@@ -160,9 +162,21 @@ class MetadataCache:
         return entries
 
     def add(self, table: Table) -> Table:
-        """Take in a table that was made in memory."""
+        """Take in a table that was made in memory. Raises `StorageError` if the host has no space for it."""
+        self.secure(table)
         self._insert(table)
         return table
+
+    def secure(self, table: Table) -> None:
+        """Take the host's space for a table that is about to change, so that no flush can fail for want of it."""
+        if not table.secured:
+            self._storage.take_space(table.offset, table.size)
+            table.secured = True
+
+    def secure_kept(self) -> None:
+        """`secure` the tables that stay in memory."""
+        for table in self._kept:
+            self.secure(table)
 
     def keep(self, table: Table) -> Table:
         """Take in a table that stays in memory as long as the image is open (L1, refcount table, header)."""

@@ -18,7 +18,7 @@ from cowfs.block.extent import NO_OFFSET, Extent, Kind, continues, merge
 from cowfs.block.image import Image, Reservation, Run
 from cowfs.block.metacache import MetadataCache, Table
 from cowfs.block.quiescence import Mark, Readers
-from cowfs.errors import Unsupported
+from cowfs.errors import CowfsError, Unsupported
 
 #: references that were given up in memory and wait for a flush
 MAX_DROPPED = 1 << 16
@@ -233,6 +233,7 @@ class TwoLevelImage(Image):
             if self.l1.entries[l1_index] != entry:
                 continue
             if old is not None and self.owns_table(entry):
+                self.tables.secure(old)
                 old.pins += 1
                 return old
             host = await self.allocate_table()
@@ -240,7 +241,11 @@ class TwoLevelImage(Image):
                 # somebody made it meanwhile
                 self.drop_table(host)
                 continue
-            table = self.make_table(host, old)
+            try:
+                table = self.make_table(host, old)
+            except CowfsError:
+                self.drop_table(host)
+                raise
             table.pins += 1
             self.l1.set(l1_index, self.table_entry(host))
             if offset:
@@ -373,6 +378,10 @@ class TwoLevelImage(Image):
         if table.entries[index] != value:
             self._drop(table.entries[index])
             table.set(index, value)
+
+    def secure(self) -> None:
+        """L1 and what else stays in memory."""
+        self.tables.secure_kept()
 
     def fingerprint(self) -> bytes:
         """The L1 table."""

@@ -101,6 +101,12 @@ class Storage(ABC):
     async def preallocate(self, length: int, *, full: bool) -> None:
         """Take the host's space for the first ``length`` bytes now; ``full`` writes zeros there."""
 
+    def take_space(self, offset: int, length: int) -> None:
+        """Take the host's space for a range on the spot, so that writing there later cannot fail for want of it.
+
+        Nothing where the host has no quick way to do so. Bytes keep their values; the storage grows if it ends before.
+        """
+
     @abstractmethod
     async def regions(self, offset: int, length: int) -> list[Region]:
         """Data and holes of a range, in order and without gaps; all data where the host cannot tell."""

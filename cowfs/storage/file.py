@@ -281,6 +281,18 @@ class FileStorage(Storage):
         await self._in_thread("cannot preallocate", call, 0, length)
         self.length = max(self.length, length)
 
+    def take_space(self, offset: int, length: int) -> None:
+        """``fallocate``."""
+        if self._is_device:
+            return
+        try:
+            _fallocate(self._fd, 0, offset, length)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                return
+            raise StorageError.from_os(error, file=self.name, doing="cannot take space") from error
+        self.length = max(self.length, offset + length)
+
     # -- the rest
 
     async def regions(self, offset: int, length: int) -> list[Region]:

@@ -344,6 +344,8 @@ class Refcounts:
             blocks, table_clusters, end = self._plan(first, count)
             if await self._is_usable(first, end, blocks):
                 break
+        # before anything changes
+        self._storage.take_space(first << self._cluster_bits, (end - first) << self._cluster_bits)
         if table_clusters:
             self._move_table(first + len(blocks), table_clusters)
         for number, index in enumerate(blocks):
