@@ -80,6 +80,11 @@ class Chain:
         """
         return await self._resolve(self.layers, depth, offset, length, holes)
 
+    async def held_above(self, depth: int, offset: int, length: int) -> list[Extent]:
+        """Extents of a range that are held by any layer above ``depth``, which is not asked."""
+        pieces = await self._resolve(self.layers[:depth], 0, offset, length, holes=False)
+        return [extent for _, extent in pieces if extent.kind is not Kind.UNALLOCATED]
+
     async def _resolve(
         self, layers: tuple[Layer, ...], depth: int, offset: int, length: int, holes: bool
     ) -> list[Piece]:

@@ -2,22 +2,37 @@
 
 import click
 
+from cowfs.block.disk import Disk
 from cowfs.cli.jobs import run_live, run_offline
 from cowfs.cli.live import find_live
-from cowfs.cli.options import parse_size_for, quiet_option
+from cowfs.cli.options import cache_option, parse_size_for, quiet_option
 from cowfs.errors import UsageError
+from cowfs.formats.chain import find_layer
+from cowfs.jobs.commit import Commit
 
 
 @click.command()
 @click.option("-f", "--format", metavar="FMT", help="Format of an image FILE; told from its first bytes if not given.")
+@click.option("-b", "--base", metavar="BASE", help="Write into this one of FILE's backing files; means -d too.")
+@click.option("-d", "--keep", is_flag=True, help="Do not empty FILE.")
 @click.option(
     "-r", "--speed", metavar="SIZE", default="0", help="Bytes a second that are copied at most; 0 is no limit."
 )
+@cache_option("-t", "--cache", "of the files")
 @click.option("--no-wait", is_flag=True, help="Return at once; the job goes on in the mount.")
 @click.option("-p", "--progress", is_flag=True, help="As in qemu-img; progress is shown anyway, unless -q is given.")
 @quiet_option
 @click.argument("file", metavar="MOUNT/NAME|FILE")
-def command(file: str, format: str | None, speed: str, no_wait: bool, progress: bool, quiet: bool) -> int | None:
+def command(
+    file: str,
+    format: str | None,
+    base: str | None,
+    keep: bool,
+    speed: str,
+    no_wait: bool,
+    progress: bool,
+    quiet: bool,
+) -> int | None:
     """Write everything that an image holds into its backing file, and empty the image, which stays on top.
 
     No other overlay may stand on that backing file: its content changes. Given the flat file of a mount, this
@@ -25,20 +40,36 @@ def command(file: str, format: str | None, speed: str, no_wait: bool, progress: 
     Given an image file, which nothing else may use meanwhile, it is done here. Broken off at any moment, by
     whatever, the disk's content is whole, and a second run finishes the work.
 
+    With -b, what all images above BASE hold is written into it, and none of them is emptied. FILE holds what it
+    did; what lies between it and BASE is worth nothing any more.
+
     \b
     Examples:
       cowfs commit /mnt/disks/vm1
       cowfs commit overlay.qcow2
+      cowfs commit -b golden.qcow2 overlay.qcow2
     """
     limit = parse_size_for(file, speed) or 0
     live = find_live(file)
     if live is not None:
-        if format is not None:
-            raise UsageError("--format is for image files; this disk is open already", file=file)
+        _refuse_live(file, {"--format": format is not None, "--base": base is not None, "--keep": keep})
         return run_live(live, "commit", [f"speed={limit}"], wait=not no_wait, quiet=quiet)
     if no_wait:
         raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
-    code = run_offline(file, format, "commit", limit, quiet=quiet)
+
+    def make(disk: Disk) -> Commit:
+        if len(disk.layers) == 1:
+            raise UsageError("there is no backing file to commit into", file=file)
+        depth = 1 if base is None else find_layer(disk.layers, base)
+        return Commit(disk, speed=limit, base=depth, keep=keep or base is not None)
+
+    code = run_offline(file, format, make, quiet=quiet)
     if not quiet:
         click.echo("Image committed.")
     return code
+
+
+def _refuse_live(file: str, given: dict[str, bool]) -> None:
+    for option, is_given in given.items():
+        if is_given:
+            raise UsageError(f"{option} is for image files; this disk is open already", file=file)

@@ -3,17 +3,18 @@
 import logging
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 import trio
 
+from cowfs.block.disk import Disk
 from cowfs.cli.live import Live
 from cowfs.cli.progress import Display, progress_display
 from cowfs.errors import CowfsError
 from cowfs.formats.chain import open_disk
-from cowfs.jobs.control import KINDS, progress
+from cowfs.jobs.control import progress
 from cowfs.jobs.job import Job, State
 
 #: seconds between two looks at a job that goes on
@@ -50,18 +51,18 @@ def _follow(live: Live, verb: str, display: Display) -> dict[str, str]:
             poll.poll(INTERVAL * 1000)
 
 
-def run_offline(file: str, format: str | None, verb: str, speed: int, *, quiet: bool) -> int | None:
-    """Open a chain, run a job on it, close it."""
+def run_offline(file: str, format: str | None, make: Callable[[Disk], Job], *, quiet: bool) -> int | None:
+    """Open a chain, run a job on it, close it. ``make`` may refuse, by raising, what the chain is not fit for."""
     # what goes wrong is said here, in one line; without a handler the log would say it too
     logging.getLogger("cowfs").addHandler(logging.NullHandler())
-    return trio.run(_run_offline, file, format, verb, speed, quiet)
+    return trio.run(_run_offline, file, format, make, quiet)
 
 
-async def _run_offline(file: str, format: str | None, verb: str, speed: int, quiet: bool) -> int | None:
+async def _run_offline(file: str, format: str | None, make: Callable[[Disk], Job], quiet: bool) -> int | None:
     disk = await open_disk(file, format, writable=True, copy_on_read=False)
     try:
-        job = KINDS[verb].make(disk, speed=speed)
-        with progress_display(verb, quiet=quiet) as display:
+        job = make(disk)
+        with progress_display(job.verb, quiet=quiet) as display:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch, job, display)
                 await job.run()
@@ -70,7 +71,7 @@ async def _run_offline(file: str, format: str | None, verb: str, speed: int, qui
     finally:
         with trio.CancelScope(shield=True):
             await disk.close()
-    return _outcome(verb, progress(job), file)
+    return _outcome(job.verb, progress(job), file)
 
 
 async def _watch(job: Job, display: Display) -> None:

@@ -1,11 +1,14 @@
 """``cowfs stream``: copy what the backing files hold into the active image."""
 
+from functools import partial
+
 import click
 
 from cowfs.cli.jobs import run_live, run_offline
 from cowfs.cli.live import find_live
 from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
+from cowfs.jobs.stream import Stream
 
 
 @click.command()
@@ -33,7 +36,7 @@ def command(file: str, format: str | None, speed: str, no_wait: bool, quiet: boo
     if live is None:
         if no_wait:
             raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
-        return run_offline(file, format, "stream", limit, quiet=quiet)
+        return run_offline(file, format, partial(Stream, speed=limit), quiet=quiet)
     if format is not None:
         raise UsageError("--format is for image files; this disk is open already", file=file)
     return run_live(live, "stream", [f"speed={limit}"], wait=not no_wait, quiet=quiet)

@@ -2,7 +2,7 @@
 
 import os.path
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -175,6 +175,30 @@ async def _show_snapshot(image: Image, snapshot: str | SnapshotKey) -> None:
         await image.show_snapshot(snapshot)
 
 
+def find_layer(layers: Sequence[Layer], name: str) -> int:
+    """Return the depth of the backing file that a user means: as recorded in the image above, or as a path.
+
+    Relative names are meant from the directory of the image above first, then from the current one.
+    Raises `NotFound`.
+    """
+    below = [(depth, layers[depth - 1], layers[depth]) for depth in range(1, len(layers))]
+    recorded = [depth for depth, above, _ in below if above.image.backing and above.image.backing.name == name]
+    beside = [depth for depth, above, layer in below if _same(_beside(above.name, name), layer.name)]
+    here = [depth for depth, _, layer in below if _same(name, layer.name)]
+    found = [*recorded, *beside, *here]
+    if not found:
+        raise NotFound(f"there is no backing file '{name}' in its chain", file=layers[0].name)
+    return found[0]
+
+
+def _same(first: str, second: str) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
+def _beside(file: str, name: str) -> str:
+    return os.path.join(os.path.dirname(file), name)  # noqa: PTH118, PTH120
+
+
 def backing_source(name: str, backing: Backing) -> Source:
     """Return what an image's backing file name stands for: relative names lie beside the image that names them.
 
@@ -185,4 +209,4 @@ def backing_source(name: str, backing: Backing) -> Source:
         text = text.removeprefix("file:").removeprefix("//")
     elif (protocol := _PROTOCOL.match(text)) is not None:
         raise Unsupported(f"its backing file '{text}' is no local file ('{protocol[1]}')", file=name)
-    return Source(os.path.join(os.path.dirname(name), text), backing.format)  # noqa: PTH118, PTH120
+    return Source(_beside(name, text), backing.format)

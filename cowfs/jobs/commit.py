@@ -1,5 +1,8 @@
 """Commit: merge the active layer down into its backing; the layer is emptied and stays on top.
 
+Into a base further down, or if asked to, all layers above it are merged and left as they are: the disk's content is the
+same, whichever of them it is read from.
+
 A cluster is dropped from the active layer only when its copy below is durable, and only if no guest wrote to
 it since it was copied. So a crash at any moment leaves the disk's content as it was, and running the job
 again ends in the same result.
@@ -10,7 +13,7 @@ from collections.abc import Iterable
 import trio
 
 from cowfs.block.alignment import align_down, align_up
-from cowfs.block.extent import Kind
+from cowfs.block.disk import Disk
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import UsageError
 from cowfs.jobs.job import Job
@@ -28,9 +31,19 @@ Area = tuple[int, int]
 
 
 class Commit(Job):
-    """Copy down what the active layer holds, batch by batch, and drop it there."""
+    """Copy down what the active layer holds, batch by batch, and drop it there.
+
+    With ``keep``, which a ``base`` deeper than layer 1 needs, nothing is dropped, and nobody may write to the disk.
+    """
 
     verb = "commit"
+
+    def __init__(self, disk: Disk, *, speed: int = 0, base: int = 1, keep: bool = False) -> None:
+        assert keep or base == 1, "what several layers hold cannot be dropped in one"
+        super().__init__(disk, speed=speed)
+        self._base = base
+        self._keep = keep
+        self._step = max(STEP, *(layer.cluster_size for layer in disk.layers[: base + 1]))
 
     async def work(self) -> None:
         """One pass that leaves guests alone, then one over what they wrote meanwhile, cluster by cluster."""
@@ -38,16 +51,25 @@ class Commit(Job):
         if len(disk.layers) == 1:
             raise UsageError("there is no backing file to commit into", file=disk.layers[0].name)
         disk.layers[0].require_writable()
-        self._step = max(STEP, *(layer.cluster_size for layer in disk.layers[:2]))
         with disk.copying_on_read_held():
-            await disk.set_layer_writable(1, True)
+            await disk.set_layer_writable(self._base, True)
             try:
-                await self._merge()
+                await (self._copy_all() if self._keep else self._merge())
             finally:
                 with trio.CancelScope(shield=True):
-                    await disk.set_layer_writable(1, False)
-            await disk.flush()
-            await disk.compact()
+                    await disk.set_layer_writable(self._base, False)
+            if not self._keep:
+                await disk.flush()
+                await disk.compact()
+
+    async def _copy_all(self) -> None:
+        await self._make_room()
+        for position in range(0, self.disk.size, WINDOW):
+            end = min(position + WINDOW, self.disk.size)
+            for start, stop in await self._held(position, end):
+                copied = await self.disk.copy_down(start, stop - start, self._base)
+                await self.advance(stop, copied)
+            await self.advance(end, 0)
 
     async def _merge(self) -> None:
         disk = self.disk
@@ -68,15 +90,13 @@ class Commit(Job):
     async def _make_room(self) -> None:
         """The base must be as large as the disk; a larger one stays as it is."""
         self.length = self.disk.size
-        if self.disk.layers[1].size < self.length:
-            await self.disk.grow_layer(1, align_up(self.length, SECTOR))
+        if self.disk.layers[self._base].size < self.length:
+            await self.disk.grow_layer(self._base, align_up(self.length, SECTOR))
 
     async def _held(self, start: int, end: int) -> list[Area]:
-        """Steps of a range in which the active layer holds anything: [start, end), aligned to steps."""
+        """Steps of a range in which a layer above the base holds anything: [start, end), aligned to steps."""
         areas: list[Area] = []
-        for extent in await self.disk.layers[0].map(start, end - start):
-            if extent.kind is Kind.UNALLOCATED:
-                continue
+        for extent in await self.disk.held_above(self._base, start, end - start):
             first = max(align_down(extent.offset, self._step), areas[-1][1] if areas else 0)
             for position in range(first, min(align_up(extent.end, self._step), end), self._step):
                 areas.append((position, min(position + self._step, end)))
