@@ -18,10 +18,10 @@ def qemu_img(*args: str | Path, cwd: Path | None = None) -> Result:
     return _run(["qemu-img", *map(str, args)], cwd)
 
 
-def qemu_io(image: Path, format: str, *commands: str) -> None:
+def qemu_io(image: Path, format: str, *commands: str, cwd: Path | None = None) -> None:
     """Run ``qemu-io`` commands on an image; they must succeed."""
     words = [word for command in commands for word in ("-c", command)]
-    result = _run(["qemu-io", "-f", format, *words, str(image)], None)
+    result = _run(["qemu-io", "-f", format, *words, str(image)], cwd)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

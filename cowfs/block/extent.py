@@ -17,7 +17,7 @@ class Kind(IntEnum):
     SHARED = 1
     #: reads as zeros; a host offset is space that is kept for it
     ZERO = 2
-    #: the layer says nothing; what is below shines through
+    #: the layer says nothing; what is below shines through; a host offset is space that is kept for it
     UNALLOCATED = 3
     #: packed bytes; ``host_offset`` is the format's own description of where they are
     COMPRESSED = 4

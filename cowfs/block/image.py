@@ -8,11 +8,12 @@ A read-only format supplies `Image.lookup` and nothing else.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from cowfs.block.check import CheckResult, Repair
-from cowfs.block.extent import NO_OFFSET, Extent
+from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.metacache import Table
 from cowfs.block.snapshots import InternalSnapshot
 from cowfs.errors import Unsupported
@@ -107,9 +108,30 @@ class Image(ABC):
         assert extents is not None, "a format that loads metadata must override map"
         return extents
 
+    #: whether the storage is the disk, byte for byte; then its holes are all that is known of the disk
+    is_flat: bool = False
+
+    async def has_holes(self) -> bool:
+        """Whether the storage seems to have holes where `map` says data, so that looking for them pays."""
+        return False
+
     async def block_status(self, offset: int, length: int) -> list[Extent]:
-        """Like `map`, but may take the time to tell holes from data inside what `map` calls data."""
-        return await self.map(offset, length)
+        """Like `map`, but takes the time, if it pays, to tell holes from data inside what `map` calls data."""
+        extents = await self.map(offset, length)
+        return await self.split_at_holes(extents) if await self.has_holes() else extents
+
+    async def split_at_holes(self, extents: Sequence[Extent]) -> list[Extent]:
+        """Make zeros, with their places, of what is a hole in the storage."""
+        found: list[Extent] = []
+        for extent in extents:
+            kind, start, length, host = extent
+            if kind > Kind.SHARED:
+                found.append(extent)
+                continue
+            for region in await self.data_storage.regions(host, length):
+                position = start + region.offset - host
+                found.append(Extent(Kind.ZERO if region.hole else kind, position, region.length, region.offset))
+        return found
 
     async def read_compressed(self, extent: Extent) -> bytes:
         """Unpack the whole cluster that a compressed extent lies in."""

@@ -52,9 +52,15 @@ async def _map(
     try:
         if start > disk.size:
             raise UsageError(f"the disk ends at {disk.size} bytes, before the start offset", file=file)
-        return await map_entries(disk, start, length), [layer.name for layer in disk.layers]
+        entries = await map_entries(disk, start, length)
+        return entries or [_nothing(start)], [layer.data_storage.name for layer in disk.layers]
     finally:
         await disk.close()
+
+
+def _nothing(start: int) -> MapEntry:
+    """Return what there is of no bytes: one entry all the same, as with ``qemu-img``."""
+    return MapEntry(start, 0, 0, False, False, False, None)
 
 
 def _table(file: str, entries: Sequence[MapEntry], names: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ class RawImage(Image):
     """A storage, byte for byte."""
 
     format = "raw"
+    is_flat = True
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -41,12 +42,9 @@ class RawImage(Image):
         """Everything is data, where the guest sees it."""
         return [Extent(Kind.DATA, offset, length, offset)]
 
-    async def block_status(self, offset: int, length: int) -> list[Extent]:
-        """Holes of the host file read as zeros."""
-        return [
-            Extent(Kind.ZERO if region.hole else Kind.DATA, region.offset, region.length, region.offset)
-            for region in await self.storage.regions(offset, length)
-        ]
+    async def has_holes(self) -> bool:
+        """There is nothing else to tell zeros from data by."""
+        return True
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
         """Punch a hole."""

@@ -45,6 +45,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ok(qemu_img("convert", "-O", "qcow2", here / "odd.raw", here / "marked.qcow2"))
     for name, granularity in (("first", "64k"), ("second-with-a-long-name", "512")):
         ok(qemu_img("bitmap", "--add", "-g", granularity, here / "marked.qcow2", name))
+    ok(qemu_img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", here / "holes.qcow2", "5M"))
+    qemu_io(here / "holes.qcow2", "qcow2", "write 100k 100k")
     ok(qemu_img("create", "-q", "-f", "qcow2", here / "kept.qcow2", "10M"))
     for place, name in ((1, "one"), (3, "1"), (5, "")):
         qemu_io(here / "kept.qcow2", "qcow2", f"write {place}M 700k")
@@ -53,7 +55,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-_NAMES = ["odd.raw", "sparse.raw", "over.qcow2", "top.qed", "packed.qcow2", "v2.qcow2", "marked.qcow2"]
+_NAMES = ["odd.raw", "sparse.raw", "over.qcow2", "top.qed", "packed.qcow2", "v2.qcow2", "marked.qcow2", "holes.qcow2"]
 
 
 def _expected(*words: str, cwd: Path | None = None) -> dict[str, Any]:

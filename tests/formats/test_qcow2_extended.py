@@ -35,13 +35,13 @@ async def test_a_write_copies_a_subcluster_and_no_more(tmp_path: Path) -> None:
     extents = await disk.layers[0].map(CLUSTER, CLUSTER)
     host = extents[1].host_offset - 3 * UNIT
     assert [(kind, (offset - CLUSTER) // UNIT, length // UNIT, place) for kind, offset, length, place in extents] == [
-        (Kind.UNALLOCATED, 0, 3, -1),
+        (Kind.UNALLOCATED, 0, 3, host),
         (Kind.DATA, 3, 1, host + 3 * UNIT),
-        (Kind.UNALLOCATED, 4, 3, -1),
+        (Kind.UNALLOCATED, 4, 3, host + 4 * UNIT),
         (Kind.DATA, 7, 2, host + 7 * UNIT),
-        (Kind.UNALLOCATED, 9, 11, -1),
+        (Kind.UNALLOCATED, 9, 11, host + 9 * UNIT),
         (Kind.ZERO, 20, 1, host + 20 * UNIT),
-        (Kind.UNALLOCATED, 21, 11, -1),
+        (Kind.UNALLOCATED, 21, 11, host + 21 * UNIT),
     ]
     twin.model[CLUSTER + 3 * UNIT + 5] = ord("x")
     twin.model[CLUSTER + 7 * UNIT : CLUSTER + 9 * UNIT] = b"y" * UNIT * 2

@@ -123,16 +123,7 @@ class ExternalDataImage(Qcow2Image):
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """Holes of the data file read as zeros."""
-        extents: list[Extent] = []
-        for extent in await self.map(offset, length):
-            if extent.kind is not Kind.DATA:
-                extents.append(extent)
-                continue
-            extents += [
-                Extent(Kind.ZERO if region.hole else Kind.DATA, region.offset, region.length, region.offset)
-                for region in await self.data_storage.regions(extent.offset, extent.length)
-            ]
-        return extents
+        return await self.split_at_holes(await self.map(offset, length))
 
     async def grow(self, size: int, zeroed_until: int) -> None:
         """The data file grows too; what a longer one has there already is no part of the disk."""

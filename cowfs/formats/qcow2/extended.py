@@ -71,11 +71,9 @@ class ExtendedImage(Qcow2Image):
             differ = differ >> number
             same = (differ & -differ).bit_length() - 1 if differ else SUBCLUSTERS - number
             stop = min(end, offset - within + (number + same) * unit)
-            if not pair:
-                extents.append(Extent(Kind.UNALLOCATED, offset, stop - offset, NO_OFFSET))
-            else:
-                place = host + within if host != NO_OFFSET else NO_OFFSET
-                extents.append(Extent(kind if pair & 1 else Kind.ZERO, offset, stop - offset, place))
+            place = host + within if host != NO_OFFSET else NO_OFFSET
+            found = kind if pair & 1 else Kind.ZERO if pair else Kind.UNALLOCATED
+            extents.append(Extent(found, offset, stop - offset, place))
             within += stop - offset
             offset = stop
 

@@ -82,6 +82,7 @@ class Qcow2Image(TwoLevelImage):
         self._for_repair = for_repair
         self.update_marks()
         self._has_zero_flag = header.version >= 3
+        self._has_holes: bool | None = None
         self._unpacked: OrderedDict[int, bytes] = OrderedDict()
         #: where the guest's and the host's clusters ended that were allocated last: bytes, host cluster
         self._last = (-1, 0)
@@ -159,6 +160,22 @@ class Qcow2Image(TwoLevelImage):
     def zero_entry(self) -> int | None:
         """Version 2 has no zero clusters."""
         return ZERO if self._has_zero_flag else None
+
+    async def has_holes(self) -> bool:
+        """Whether clearly more clusters are in use than the file takes space for; asked when first needed.
+
+        So are images whose metadata was made beforehand. The measure is that of QEMU, for the same map.
+        """
+        if self._has_holes is None:
+            space = self.storage.allocated >> self.cluster_bits
+            many = max(space * 10 // 9, space + 2)
+            end = -(-self.storage.length >> self.cluster_bits)
+            try:
+                self._has_holes = end >= many and await self.refcounts.count_used(end, many) >= many
+            except CorruptImage:
+                # what can be read without counts shall not depend on them; a check tells
+                self._has_holes = False
+        return self._has_holes
 
     # -- space
 

@@ -139,6 +139,17 @@ class Refcounts:
         if offset:
             await self._load(offset)
 
+    async def count_used(self, end: int, limit: int) -> int:
+        """Count the clusters before ``end`` that are in use; the search ends where it has found ``limit`` or more."""
+        used = 0
+        for start in range(0, end, 1 << self._block_bits):
+            offset = self._block_offset(start)
+            if offset:
+                used += int(np.count_nonzero(self._counts(await self._load(offset))[: end - start]))
+            if used >= limit:
+                break
+        return used
+
     def share(self, cluster: int) -> bool:
         """Count one more reference to a cluster in use, at once; False if its count is as high as it goes.
 
