@@ -23,7 +23,7 @@ from cowfs.errors import blaming
 WINDOW = 1 << 30
 #: bytes that are read, packed and written at once, if that is whole clusters
 STEP = 2 << 20
-#: how many steps are read or packed at a time
+#: how many steps are read or packed at a time, if nothing else is said
 PARALLEL = 4
 #: bytes; zeros are looked for in pieces of this size, smaller ones if asked for, or whole clusters
 GRAIN = 4096
@@ -42,6 +42,10 @@ class CopyOptions:
     blank: bool = False
     #: leave out what the active layers of the sources do not say
     top_only: bool = False
+    #: steps that are read or packed at a time
+    parallel: int = PARALLEL
+    #: bytes a second that are written at most; 0 is no limit
+    speed: int = 0
 
 
 class _Write(NamedTuple):
@@ -78,11 +82,12 @@ class _Copier:
         self.unit = target.cluster_size
         self.step = align_up(STEP, self.unit)
         self._buffers: list[bytearray] = []
+        self._not_before = 0.0
 
     async def run(self) -> None:
         """Copy all of it."""
         self.progress(0, self.source.size)
-        await in_order(self._steps(), self._prepare, self._carry_out, limit=PARALLEL)
+        await in_order(self._steps(), self._prepare, self._carry_out, limit=self.options.parallel)
 
     # -- what there is to do
 
@@ -174,6 +179,13 @@ class _Copier:
         if step.buffer is not None:
             self._buffers.append(step.buffer)
         self.progress(step.end, self.source.size)
+        await self._slow_down(sum(end - start for start, end, data, _ in step.writes if data is not None))
+
+    async def _slow_down(self, written: int) -> None:
+        """Wait until what has been written is no more than the limit allows."""
+        if self.options.speed:
+            self._not_before = max(self._not_before, trio.current_time()) + written / self.options.speed
+            await trio.sleep_until(self._not_before)
 
     async def _zero(self, start: int, end: int) -> None:
         """Make a range of the target read as zeros, if it does not yet."""

@@ -263,7 +263,7 @@ class Image(ABC):
         """Forget the first snapshot with a name. Raises `NotFound`."""
         raise Unsupported(f"{self.format} images have no internal snapshots")
 
-    def details(self) -> dict[str, Any]:
+    async def details(self) -> dict[str, Any]:
         """Facts for ``info``: the ``data`` object of ``qemu-img info --output=json`` under ``format-specific``."""
         return {}
 

@@ -7,7 +7,14 @@ import trio
 
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.image import Image
-from cowfs.cli.options import file_argument, force_share_option, format_option, output_options, quiet_option
+from cowfs.cli.options import (
+    cache_option,
+    file_argument,
+    force_share_option,
+    format_option,
+    output_options,
+    quiet_option,
+)
 from cowfs.formats.chain import Opening, open_image
 
 CORRUPT = 2
@@ -24,6 +31,7 @@ NOT_SUPPORTED = 63
     type=click.Choice(["leaks", "all"]),
     help="Put right what is wrong: leaks only, or all; then look once more.",
 )
+@cache_option("-T", "--source-cache", "of FILE")
 @quiet_option
 @output_options
 @file_argument

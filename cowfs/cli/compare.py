@@ -10,7 +10,7 @@ from cowfs.block.chain import Piece
 from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.cli.meter import Meter
-from cowfs.cli.options import force_share_option, quiet_option
+from cowfs.cli.options import cache_option, force_share_option, quiet_option
 from cowfs.formats.chain import Opening, open_disk
 
 #: bytes of the disks whose mapping is looked up at once
@@ -40,6 +40,7 @@ class _Range(NamedTuple):
 @click.option("-s", "--strict", is_flag=True, help="Sizes, and which parts are allocated, must be the same too.")
 @click.option("-p", "--progress", is_flag=True, help="Show how far it is.")
 @force_share_option
+@cache_option("-T", "--source-cache", "of both")
 @quiet_option
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")

@@ -6,7 +6,9 @@ from typing import Any
 import click
 import trio
 
+from cowfs.block.alignment import align_up
 from cowfs.block.image import Image
+from cowfs.block.joined import SECTOR
 from cowfs.cli.options import file_argument, force_share_option, format_option, output_options
 from cowfs.cli.snapshot_table import facts as snapshot_facts
 from cowfs.cli.snapshot_table import table
@@ -56,16 +58,16 @@ async def _chain_facts(file: str, format: str | None, opening: Opening) -> list[
 
 
 async def _facts(image: Image) -> dict[str, Any]:
-    """Return what ``qemu-img info --output=json`` says of one image."""
+    """Return what ``qemu-img info --output=json`` says of one image; raw ones too have whole sectors there."""
     name = image.storage.name
     snapshots = await image.snapshots()
     facts: dict[str, Any] = {"snapshots": snapshot_facts(snapshots)} if snapshots else {}
-    facts |= {"virtual-size": image.size, "filename": name}
+    facts |= {"virtual-size": align_up(image.size, SECTOR), "filename": name}
     if image.cluster_size > 1:
         facts["cluster-size"] = image.cluster_size
     facts["format"] = image.format
     facts["actual-size"] = image.storage.allocated
-    if details := image.details():
+    if details := await image.details():
         facts["format-specific"] = {"type": image.format, "data": details}
     if image.backing is not None:
         facts["full-backing-filename"] = _full_name(image)

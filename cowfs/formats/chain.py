@@ -47,10 +47,11 @@ PLAIN = Opening()
 
 
 class Source(NamedTuple):
-    """A file to open as a layer; no ``format`` means that the file's first bytes tell."""
+    """A file to open as a layer, by its first bytes if no ``format`` is given; see `open_disk` for ``snapshot``."""
 
     name: str
     format: str | None
+    snapshot: str | SnapshotKey | None = None
 
 
 async def open_image(

@@ -19,7 +19,10 @@ from cowfs.formats.registry import format_named
 
 @dataclass(frozen=True)
 class Target:
-    """What to write into. ``exists``: an image that is there already, of the same size or larger, is overwritten."""
+    """What to write into. ``exists``: an image that is there already, of the same size or larger, is overwritten.
+
+    Only of one that exists can it be said that it is blank, see `CopyOptions`.
+    """
 
     name: str
     format: str
@@ -65,7 +68,7 @@ def _check_compression(target: Target) -> None:
 
 @asynccontextmanager
 async def _opened(source: Source, opening: Opening) -> AsyncIterator[Disk]:
-    disk = await open_disk(source.name, source.format, opening=opening)
+    disk = await open_disk(source.name, source.format, opening=opening, snapshot=source.snapshot)
     try:
         yield disk
     finally:
@@ -93,6 +96,8 @@ async def _copy(source: Joined, target: Target, options: CopyOptions, progress: 
         if options.compress and not disk.layers[0].image.packs:
             raise Unsupported("has no compressed clusters, as it keeps its data in another file", file=target.name)
         has_below = len(disk.layers) > 1
+        if options.blank and has_below:
+            raise UsageError("has a backing file, so it does not read as zeros", file=target.name)
         if not target.exists and not has_below:
             options.blank = not disk.layers[0].data_storage.keeps_old_bytes
         await copy(source, disk, options, progress)

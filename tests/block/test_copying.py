@@ -2,9 +2,12 @@
 
 from itertools import pairwise
 
+import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from storages import MemoryStorage
+from trio.testing import MockClock
 
 from cowfs.block.chain import Chain
 from cowfs.block.copying import CopyOptions, copy
@@ -84,3 +87,14 @@ async def test_a_blank_target_is_written_in_order_and_only_where_there_is_data()
     assert sum(length for _, length in writes) <= 8192 + 8192
     assert done == sorted(done)
     assert done[-1] == source.size
+
+
+async def test_a_limit_on_speed_is_kept(autojump_clock: MockClock) -> None:
+    """Zeros that need not be written count for nothing."""
+    content = b"data" * (5 << 18) + bytes(20 << 20)
+    source = Chain([Layer(RawImage(MemoryStorage("source", content)))])
+    target = Chain([Layer(RawImage(MemoryStorage("target", bytes(len(content)))))])
+    start = trio.current_time()
+    await copy(Joined([source]), target, CopyOptions(speed=1 << 20), lambda done, total: None)
+    assert trio.current_time() - start == pytest.approx(5)
+    assert bytes(await target.read(0, len(content))) == content

@@ -102,8 +102,56 @@ def test_zeros_take_no_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "place"),
+    [(["-l", "one"], 1), (["-l", "1"], 1), (["-l", "snapshot.name=1"], 2), (["-l", "snapshot.id=2"], 2), ([], 3)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_snapshot_inside_the_source(tmp_path: Path, words: list[str], place: int) -> None:
+    """An id counts before a name, but for keys."""
+    image, made, expected = tmp_path / "image", tmp_path / "made", tmp_path / "expected"
+    ok(qemu_img("create", "-q", "-f", "qcow2", image, "4M"))
+    # the second has the first one's id for a name
+    for number, name in ((1, "one"), (2, "1"), (3, "")):
+        qemu_io(image, "qcow2", f"write -P {number} {number}M 700k")
+        if name:
+            ok(qemu_img("snapshot", "-c", name, image))
+    ok(cowfs("convert", *words, "-O", "raw", image, made))
+    ok(qemu_img("convert", *words, "-O", "raw", image, expected))
+    assert made.read_bytes() == expected.read_bytes()
+    assert max(made.read_bytes()) == place
+
+
+def test_a_target_that_is_known_to_be_zero(source: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    ok(qemu_img("create", "-q", "-f", "qcow2", made, str(SIZE)))
+    ok(cowfs("convert", "-n", "--target-is-zero", "-O", "qcow2", source, made))
+    same(source, made)
+    clean(made)
+    # whoever says so of one that is not gets what was there: that no zeros are written is the point
+    qemu_io(made, "qcow2", "write -P 77 6M 64k")
+    ok(cowfs("convert", "-n", "--target-is-zero", "-O", "qcow2", source, made))
+    assert qemu_img("compare", source, made).returncode == 1
+    over = tmp_path / "over"
+    ok(qemu_img("create", "-q", "-f", "qcow2", "-b", made, "-F", "qcow2", over))
+    sentence = refusal(cowfs("convert", "-n", "--target-is-zero", "-O", "qcow2", source, over))
+    assert sentence == f"{over}: has a backing file, so it does not read as zeros"
+
+
+def test_hints_on_how_to_copy_change_nothing(source: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    ok(cowfs("convert", "-W", "-m", "16", "-t", "none", "-T", "none", "-r", "1G", "-O", "qcow2", source, made))
+    same(source, made)
+    clean(made)
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["-l", "none", "source.qcow2", "made"], "source.qcow2: there is no snapshot 'none'"),
+        (["-l", "one", "source.qcow2", "base.raw", "made"], "-l is for one source"),
+        (["--target-is-zero", "source.qcow2", "made"], "--target-is-zero needs -n"),
+        (["-m", "17", "source.qcow2", "made"], "17"),
+        (["-r", "fast", "source.qcow2", "made"], "'fast' is not a size"),
         (["missing", "made"], "missing: cannot open: No such file or directory"),
         (
             ["source.qcow2", "source.qcow2"],

@@ -35,6 +35,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _patch(dirty, 79, b"\x01")
     dirty = _make(here / "dirty.qed", "-f", "qed", "1M")
     _patch(dirty, 16, b"\x02")
+    marked = _make(here / "marked.qcow2", "-f", "qcow2", "2M")
+    for words in (["-g", "4096", "first"], ["--disable", "second"]):
+        ok(qemu_img("bitmap", "--add", *words[:-1], marked, words[-1]))
+    (here / "odd.raw").write_bytes(b"odd" * 33_333)
+    _make(here / "onodd.qcow2", "-f", "qcow2", "-b", "odd.raw", "-F", "raw", "")
+    ok(qemu_img("create", "-f", "qcow2", "-o", "data_file=flat.data,extended_l2=on", "data.qcow2", "2M", cwd=here))
+    corrupt = _make(here / "corrupt.qcow2", "-f", "qcow2", "1M")
+    _patch(corrupt, 79, b"\x02")
     return here
 
 
@@ -46,7 +54,7 @@ def _patch(path: Path, offset: int, data: bytes) -> None:
 
 _NAMES = [
     "base.raw", "v3.qcow2", "v2.qcow2", "top.qed", "onraw.qed", "sub/far.qcow2", "fancy.qcow2", "packed.qcow2",
-    "empty.raw", "dirty.qcow2", "dirty.qed",
+    "empty.raw", "dirty.qcow2", "dirty.qed", "marked.qcow2", "odd.raw", "onodd.qcow2", "data.qcow2", "corrupt.qcow2",
 ]  # fmt: skip
 _CLEAN = [name for name in _NAMES if not name.endswith(".raw") and "dirty" not in name]
 

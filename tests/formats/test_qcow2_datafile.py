@@ -117,7 +117,7 @@ async def test_info_says_what_qemu_says(tmp_path: Path) -> None:
     twin = await Twin(tmp_path, SIZE).create(data_file="data", data_file_raw="on")
     expected = json.loads(qemu("qemu-img", "info", "--output=json", "top", cwd=tmp_path))
     image = await open_image(str(twin.path))
-    assert image.details() == expected["format-specific"]["data"]
+    assert await image.details() == expected["format-specific"]["data"]
     await image.close()
 
 
@@ -244,7 +244,7 @@ async def test_a_header_names_files_in_its_own_directory_only(tmp_path: Path, mo
     (folder / "inner").symlink_to("sub/data")
     for name in ("sub/data", "./sub/data", str(folder / "sub" / "data"), "inner"):
         image = await open_image(str(named(folder / "fine", name)), writable=True)
-        assert image.details()["data-file"] == name
+        assert (await image.details())["data-file"] == name
         await image.close()
     monkeypatch.chdir(folder)
     image = await open_image("fine")

@@ -169,4 +169,4 @@ async def test_tables_of_one_cluster() -> None:
 
 async def test_details_are_empty(tmp_path: Path) -> None:
     async with opened(await make(tmp_path / "disk.qed", M)) as disk:
-        assert disk.layers[0].image.details() == {}
+        assert await disk.layers[0].image.details() == {}

@@ -5,7 +5,7 @@ anything changes: that is how QEMU leaves bitmaps behind when it is killed, and 
 """
 
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cowfs.block.alignment import align_up
 from cowfs.errors import CorruptImage
@@ -14,6 +14,8 @@ from cowfs.storage.base import Storage
 
 #: bitmap's data or attributes may be outdated
 IN_USE = 1 << 0
+#: flags in the words of ``qemu-img info``; the second: whoever writes to the disk keeps it up
+_FLAG_NAMES = {IN_USE: "in-use", 1 << 1: "auto"}
 
 #: number of bitmaps, reserved, bytes and host offset of the directory
 _EXTENSION = struct.Struct(">IIQQ")
@@ -44,7 +46,7 @@ class Bitmap(NamedTuple):
     table_entries: int
     flags: int
     granularity_bits: int
-    name_length: int
+    name: bytes
 
 
 def locate(header: Header) -> Directory | None:
@@ -70,7 +72,8 @@ async def read_bitmaps(storage: Storage, directory: Directory) -> list[Bitmap]:
         if position + _ENTRY.size > size:
             raise CorruptImage("bitmap directory is cut off")
         table, table_entries, flags, _, granularity, name, extra = _ENTRY.unpack_from(entries, position)
-        found.append(Bitmap(position, table, table_entries, flags, granularity, name))
+        place = position + _ENTRY.size + extra
+        found.append(Bitmap(position, table, table_entries, flags, granularity, entries[place : place + name]))
         position += entry_size(name + extra)
     return found
 
@@ -78,6 +81,20 @@ async def read_bitmaps(storage: Storage, directory: Directory) -> list[Bitmap]:
 def entry_size(variable: int) -> int:
     """Bytes of an entry whose name and extra data have so many."""
     return align_up(_ENTRY.size + variable, 8)
+
+
+async def describe(storage: Storage, header: Header) -> list[dict[str, Any]]:
+    """Return what ``qemu-img info`` says of each bitmap. Raises `CorruptImage`."""
+    directory = locate(header)
+    found = await read_bitmaps(storage, directory) if directory is not None else []
+    return [
+        {
+            "flags": [name for bit, name in _FLAG_NAMES.items() if bitmap.flags & bit],
+            "name": bitmap.name.decode("utf-8", "surrogateescape"),
+            "granularity": 1 << bitmap.granularity_bits,
+        }
+        for bitmap in found
+    ]
 
 
 async def mark_in_use(storage: Storage, directory: Directory) -> None:

@@ -162,19 +162,9 @@ class Qcow2Image(TwoLevelImage):
         return ZERO if self._has_zero_flag else None
 
     async def has_holes(self) -> bool:
-        """Whether clearly more clusters are in use than the file takes space for; asked when first needed.
-
-        So are images whose metadata was made beforehand. The measure is that of QEMU, for the same map.
-        """
+        """Asked when first needed; so are images whose metadata was made beforehand."""
         if self._has_holes is None:
-            space = self.storage.allocated >> self.cluster_bits
-            many = max(space * 10 // 9, space + 2)
-            end = -(-self.storage.length >> self.cluster_bits)
-            try:
-                self._has_holes = end >= many and await self.refcounts.count_used(end, many) >= many
-            except CorruptImage:
-                # what can be read without counts shall not depend on them; a check tells
-                self._has_holes = False
+            self._has_holes = await self.refcounts.exceed_space()
         return self._has_holes
 
     # -- space
@@ -517,13 +507,15 @@ class Qcow2Image(TwoLevelImage):
             return await check_and_repair(self, repair)
         return await check(self.storage, self.header, self.tables, self.l1, self.refcounts.table)
 
-    def details(self) -> dict[str, Any]:
+    async def details(self) -> dict[str, Any]:
         """In the order that ``qemu-img info`` has."""
         header = self.header
         facts: dict[str, Any] = {"compat": "1.1" if header.version >= 3 else "0.10"}
         facts["compression-type"] = COMPRESSION_TYPES[header.compression_type]
         if header.version >= 3:
             facts["lazy-refcounts"] = bool(header.compatible & COMPATIBLE_LAZY_REFCOUNTS)
+            if described := await bitmaps.describe(self.storage, header):
+                facts["bitmaps"] = described
         facts["refcount-bits"] = 1 << header.refcount_order
         if header.data_file is not None:
             facts["data-file"] = header.data_file

@@ -72,5 +72,5 @@ async def _bitmaps(source: Disk, unit: int) -> int | None:
             bits = -(-image.size >> min(bitmap.granularity_bits, 63))
             clusters = -(-bits // (8 * unit))
             total += clusters * unit + align_up(clusters * _ENTRY, unit)
-            directory += bitmaps.entry_size(bitmap.name_length)
+            directory += bitmaps.entry_size(len(bitmap.name))
     return total + align_up(directory, unit)

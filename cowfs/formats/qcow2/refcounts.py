@@ -139,7 +139,20 @@ class Refcounts:
         if offset:
             await self._load(offset)
 
-    async def count_used(self, end: int, limit: int) -> int:
+    async def exceed_space(self) -> bool:
+        """Whether clearly more clusters are in use than the file takes space for, by the measure of QEMU.
+
+        Where counts cannot be read, they do not: what can be read without them shall not depend on them.
+        """
+        space = self._storage.allocated >> self._cluster_bits
+        many = max(space * 10 // 9, space + 2)
+        end = -(-self._storage.length >> self._cluster_bits)
+        try:
+            return end >= many and await self._count_used(end, many) >= many
+        except CorruptImage:
+            return False
+
+    async def _count_used(self, end: int, limit: int) -> int:
         """Count the clusters before ``end`` that are in use; the search ends where it has found ``limit`` or more."""
         used = 0
         for start in range(0, end, 1 << self._block_bits):
