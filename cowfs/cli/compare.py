@@ -6,9 +6,11 @@ from typing import NamedTuple
 import click
 import trio
 
+from cowfs.block.alignment import align_up
 from cowfs.block.chain import Piece
 from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
+from cowfs.block.joined import SECTOR
 from cowfs.cli.meter import Meter
 from cowfs.cli.options import cache_option, force_share_option, quiet_option
 from cowfs.formats.chain import Opening, open_disk
@@ -17,8 +19,6 @@ from cowfs.formats.chain import Opening, open_disk
 WINDOW = 1 << 30
 #: bytes that are read and compared at once
 CHUNK = 2 << 20
-#: bytes; differences are told by the sector that they are in
-SECTOR = 512
 
 _ZEROS = bytes(CHUNK)
 DIFFERENT = 1
@@ -92,9 +92,10 @@ async def _compare(
 
 
 async def _verdict(a: Disk, b: Disk, strict: bool, meter: Meter) -> tuple[bool, list[str]]:
-    if strict and a.size != b.size:
+    # a raw disk counts as whole sectors, as when it is converted
+    common, total = sorted(align_up(disk.size, SECTOR) for disk in (a, b))
+    if strict and common != total:
         return False, ["Strict mode: Image size mismatch!"]
-    common, total = min(a.size, b.size), max(a.size, b.size)
     lines: list[str] = []
     difference = await _difference(a, b, 0, common, strict, meter)
     if difference is None and total > common:
