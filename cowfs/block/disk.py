@@ -358,16 +358,30 @@ class Disk(Chain):
     async def set_layer_writable(self, depth: int, writable: bool) -> None:
         """Open a backing layer for writing, or make it read-only again, flushed.
 
-        The active layer remembers nothing of the layer below while that is open for writing.
+        The layer above remembers nothing of it while it is open for writing, and afterwards only if it is the active
+        one: others no longer hold what they did.
         """
-        if writable and depth == 1:
-            await forget(self.layers[0])
+        if writable:
+            await self._forget_below(depth - 1)
         try:
             await self.layers[depth].set_writable(writable)
         finally:
             if depth == 1 and self.layers[1].storage.read_only:
                 with trio.CancelScope(shield=True):
                     await remember(self.layers[0], self.layers[1])
+
+    async def _forget_below(self, depth: int) -> None:
+        """Have a layer remember nothing of the one below it, which is about to change."""
+        layer = self.layers[depth]
+        if layer.image.stamp is None or depth == 0:
+            await forget(layer)
+            return
+        await self.set_layer_writable(depth, True)
+        try:
+            await forget(layer)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.set_layer_writable(depth, False)
 
     async def drop_backing(self) -> None:
         """Make the active layer the whole chain. The caller has seen to it that nothing is taken from below.

@@ -170,6 +170,9 @@ class FileStorage(Storage):
             if done != total:
                 self._write_rest(offset + done, _advance([memoryview(b) for b in buffers], done))
         except OSError as error:
+            if not self._is_device:
+                # a part of it may be there
+                self.length = max(self.length, os.fstat(self._fd).st_size)
             raise StorageError.from_os(error, file=self.name, doing="cannot write") from error
         if offset + total > self.length:
             self.length = offset + total

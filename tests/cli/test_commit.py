@@ -173,6 +173,22 @@ def test_the_base_may_be_anything_that_can_be_written(here: Path) -> None:
     assert _content(ours / "base", "qcow2") == _content(here / "base", "qcow2")
 
 
+def test_what_overlays_remember_is_no_hindrance(here: Path) -> None:
+    """Every image is made by cowfs, and remembers its backing file; the disk stays good, and a second run too."""
+    _create(here, "base", "qcow2", 2 << 20)
+    for name, below in (("low", "base"), ("mid", "low"), ("top", "mid")):
+        ok(cowfs("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", name, cwd=here))
+        qemu_io(here / name, "qcow2", "write -P 5 1M 64k" if name == "top" else "read 0 512")
+    before = _content(here / "top", "qcow2")
+    for words in (["-b", "base"], ["-b", "low"], ["-d"], ["-b", "base"]):
+        ok(cowfs("commit", "-q", *words, "top", cwd=here))
+        ok(cowfs("convert", "-O", "raw", "top", "flat", cwd=here))
+        assert (here / "flat").read_bytes() == before
+    assert _content(here / "base", "qcow2") == before
+    for name in ("base", "low", "mid", "top"):
+        _clean(here / name, "qcow2")
+
+
 def test_a_failure_on_the_way_leaves_the_content(here: Path) -> None:
     """The first run ends in the middle, for the base cannot grow; the next one takes up its work."""
     _create(here, "base", "qcow2", 4 << 20)

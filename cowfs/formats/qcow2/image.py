@@ -18,18 +18,15 @@ from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, Unsupported, UsageError
 from cowfs.formats.qcow2 import bitmaps, changes, compressed
 from cowfs.formats.qcow2.check import check
+from cowfs.formats.qcow2.facts import describe
 from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
 from cowfs.formats.qcow2.layout import (
     AUTOCLEAR_BITMAPS,
-    AUTOCLEAR_RAW_DATA,
-    COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSED,
-    COMPRESSION_TYPES,
     COPIED,
     EXTENSION_STAMP,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
-    INCOMPATIBLE_EXTENDED_L2,
     MAX_L1_BYTES,
     OFFSET_MASK,
     SECTOR,
@@ -508,19 +505,5 @@ class Qcow2Image(TwoLevelImage):
         return await check(self.storage, self.header, self.tables, self.l1, self.refcounts.table)
 
     async def details(self) -> dict[str, Any]:
-        """In the order that ``qemu-img info`` has."""
-        header = self.header
-        facts: dict[str, Any] = {"compat": "1.1" if header.version >= 3 else "0.10"}
-        facts["compression-type"] = COMPRESSION_TYPES[header.compression_type]
-        if header.version >= 3:
-            facts["lazy-refcounts"] = bool(header.compatible & COMPATIBLE_LAZY_REFCOUNTS)
-            if described := await bitmaps.describe(self.storage, header):
-                facts["bitmaps"] = described
-        facts["refcount-bits"] = 1 << header.refcount_order
-        if header.data_file is not None:
-            facts["data-file"] = header.data_file
-            facts["data-file-raw"] = bool(header.autoclear & AUTOCLEAR_RAW_DATA)
-        if header.version >= 3:
-            facts["corrupt"] = bool(header.incompatible & INCOMPATIBLE_CORRUPT)
-            facts["extended-l2"] = bool(header.incompatible & INCOMPATIBLE_EXTENDED_L2)
-        return facts
+        """See `facts.describe`."""
+        return await describe(self.storage, self.header)
