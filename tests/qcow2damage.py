@@ -13,8 +13,8 @@ COPIED = 1 << 63
 class Anatomy:
     """The tables of an image as they stand in its bytes; offsets in bytes."""
 
-    def __init__(self, path: Path) -> None:
-        self.data = bytearray(path.read_bytes())
+    def __init__(self, image: Path | bytes) -> None:
+        self.data = bytearray(image if isinstance(image, bytes) else image.read_bytes())
         fields = struct.unpack(">4sIQIIQIIQQIIQ", self.data[:72])
         self.version, self.bits = fields[1], fields[4]
         self.l1_entries, self.l1, self.table, self.table_clusters = fields[7:11]

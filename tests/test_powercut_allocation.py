@@ -52,9 +52,7 @@ class Scene:
 
     async def open(self) -> None:
         await self.driver.create(self.top, self.size, Backing("base", "raw"), self.options)
-        self.start = bytes(self.top.content)
-        self.top.steps.clear()
-        self.top.covered.clear()
+        self.top.begin()
         self.top.cold = self.cold
         self.disk = self.over_base(self.top, await self.driver.open_image(self.top))
 
@@ -131,7 +129,7 @@ async def test_every_operation(variant: str, cold: bool) -> None:
         nursery.cancel_scope.cancel()
     await scene.disk.close()
     cuts = 0
-    for begun, content in every_cut(scene.top, scene.start):
+    for begun, content in every_cut(scene.top):
         await scene.assert_sound(begun, content)
         cuts += 1
     assert cuts > len(scene.top.steps) > 30

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import trio
 from commandline import ok, qemu_img, qemu_io
+from powercut import RecordingStorage
 from qcow2damage import MASK, Anatomy
-from recording import RecordingStorage
 from storages import Gate, MemoryStorage
 
 from cowfs.block.disk import Disk
@@ -335,7 +335,7 @@ async def test_a_discard_of_everything_waits_in_bounded_memory(tmp_path: Path) -
 
 async def test_a_power_cut_never_gives_a_cluster_to_two(tmp_path: Path) -> None:
     path = create(tmp_path / "image", "4M")
-    storage = RecordingStorage(path.read_bytes())
+    storage = RecordingStorage("image", path.read_bytes())
     disk = Disk([Layer(await qcow2.open_image(storage))])
     rnd = random.Random(5)
     for _ in range(60):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from commandline import cowfs, ok, qemu_img, qemu_io
 from imagetools import DATE, assert_clean, disk_at, image_at, qemu_content
+from powercut import Flushed, RecordingStorage
 from qcow2damage import Anatomy
-from recording import RecordingStorage
 
 from cowfs.block.check import Repair
 from cowfs.block.disk import Disk
@@ -167,14 +167,14 @@ async def test_reading_and_repair_leave_bitmaps_true(image: Path) -> None:
 
 
 async def test_marks_are_durable_before_anything_changes(image: Path) -> None:
-    storage = RecordingStorage(content_of(image))
+    storage = RecordingStorage("image", content_of(image))
     disk = Disk([Layer(await qcow2.open_image(storage))], copy_on_read=False)
     await disk.write(5, b"overwrites what is there")
     await disk.flush()
     cut = image.with_name("cut")
-    steps = [step for step in storage.steps if step is not None]
+    steps = [step for step in storage.steps if not isinstance(step, Flushed)]
     assert len(steps) == len(GRANULARITIES) + 1
-    assert storage.steps[len(GRANULARITIES)] is None, "a flush comes before the data"
+    assert isinstance(storage.steps[len(GRANULARITIES)], Flushed), "a flush comes before the data"
     # marked in part, or all, bitmaps are no obstacle
     for number, content in enumerate(dict.fromkeys(storage.prefixes())):
         cut.write_bytes(content)

@@ -252,8 +252,7 @@ async def test_a_power_cut_leaves_old_or_new_content(bits: str) -> None:
     unit, count = 4096, 24
     storage = RecordingStorage("image")
     await qcow2.create(storage, unit * count, None, {"cluster_size": str(unit), "refcount_bits": bits})
-    start = bytes(storage.content)
-    storage.steps.clear()
+    storage.begin()
     image = await qcow2.open_image(storage)
     rnd = random.Random(6)
     allowed = [[bytes(unit)] for _ in range(count)]
@@ -267,7 +266,7 @@ async def test_a_power_cut_leaves_old_or_new_content(bits: str) -> None:
     await image.close()
     for moment in range(len(storage.steps) + 1):
         for losing in (None, rnd):
-            cut = await in_memory(after_cut(start, storage.steps[:moment], losing))
+            cut = await in_memory(after_cut(storage.start, storage.steps[:moment], losing))
             assert (await cut.check()).corruptions == 0
             content = await disk_content(cut)
             for number, choices in enumerate(allowed):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from powercut import RecordingStorage, after_cut
+from powercut import Flushed, RecordingStorage, after_cut
 from qcow2twin import Twin, assert_same_check, damage, qemu
 from storages import Gate, MemoryStorage
 
@@ -170,7 +170,8 @@ async def test_the_data_file_is_flushed_before_the_tables_that_point_into_it(tmp
         await trio.testing.wait_all_tasks_blocked()
         assert len(top.journal) == before, "nothing is written to the image meanwhile"
         gate.open()
-    assert top.journal[before] == ("data", None)
+    name, step = top.journal[before]
+    assert (name, isinstance(step, Flushed)) == ("data", True)
     assert {name for name, _ in top.journal[before + 1 :]} == {"top"}
 
 

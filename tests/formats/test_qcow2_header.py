@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commandline import ok, qemu_img, qemu_io
-from recording import RecordingStorage
+from powercut import Flushed, RecordingStorage
 from storages import MemoryStorage
 
 from cowfs.block.disk import Disk
@@ -110,7 +110,7 @@ CHANGES = {
 async def test_every_write_leaves_the_old_or_the_new(tmp_path: Path, case: str, change: str, first: bool) -> None:
     old, new = CHANGES[change]
     others = CASES[case]
-    storage = RecordingStorage(await image_with(old, others, first=first))
+    storage = RecordingStorage("image", await image_with(old, others, first=first))
     image = await qcow2.open_image(storage)
     await image.set_backing(new)
     await image.close()
@@ -128,9 +128,8 @@ async def test_every_write_leaves_the_old_or_the_new(tmp_path: Path, case: str, 
     switches = [index for index, step in enumerate(storage.steps) if in_first_sector(step)]
     assert len(switches) <= 3
     for index in switches:
-        assert storage.steps[index] is not None
-        assert storage.steps[index - 1] is None
-        assert None in storage.steps[index + 1 :][:2]
+        assert isinstance(storage.steps[index - 1], Flushed)
+        assert any(isinstance(step, Flushed) for step in storage.steps[index + 1 :][:2])
     # the format's extension is there if and only if there is something to say, and no filler stays
     header = parse_header(bytes(storage.content[:65536]), storage.length)
     assert header.extensions == image.header.extensions
@@ -143,7 +142,7 @@ async def test_every_write_leaves_the_old_or_the_new(tmp_path: Path, case: str, 
 @pytest.mark.parametrize("case", CASES)
 async def test_qemu_reads_every_state(tmp_path: Path, case: str, change: str) -> None:
     old, new = CHANGES[change]
-    storage = RecordingStorage(await image_with(old, CASES[case], first=False))
+    storage = RecordingStorage("image", await image_with(old, CASES[case], first=False))
     image = await qcow2.open_image(storage)
     await image.set_backing(new)
     await image.close()
@@ -157,7 +156,7 @@ async def test_qemu_reads_every_state(tmp_path: Path, case: str, change: str) ->
 
 async def test_a_header_that_a_crash_left_with_a_filler_is_put_right(tmp_path: Path) -> None:
     others = CASES["extensions far beyond it"]
-    storage = RecordingStorage(await image_with(OLD, others, first=False))
+    storage = RecordingStorage("image", await image_with(OLD, others, first=False))
     await (await qcow2.open_image(storage)).set_backing(Backing("b", "host_device"))
     fillers = [
         content
@@ -165,7 +164,7 @@ async def test_a_header_that_a_crash_left_with_a_filler_is_put_right(tmp_path: P
         if not any(parse_header(content[:65536], len(content)).extensions[0][1][:48])
     ]
     assert fillers
-    again = RecordingStorage(fillers[-1])
+    again = RecordingStorage("image", fillers[-1])
     await (await qcow2.open_image(again)).set_backing(NEW)
     states = [meaning(content) for content in again.prefixes()]
     assert set(map(str, states)) == {str((OLD, sorted(others))), str((NEW, sorted(others)))}

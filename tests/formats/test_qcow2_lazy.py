@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commandline import qemu_img, qemu_io
 from imagetools import assert_clean, disk_at, qemu_content, qemu_create
-from recording import RecordingStorage
+from powercut import RecordingStorage
 
 from cowfs.block.disk import Disk
 from cowfs.block.layer import Layer
@@ -150,7 +150,7 @@ async def test_both_are_killed_in_turns_with_nobody_repairing_in_between(tmp_pat
 async def test_cowfs_is_cut_off_while_it_repairs(tmp_path: Path, layout: str) -> None:
     victim = Victim(tmp_path / "image", layout)
     victim.kill_qemu()
-    storage = RecordingStorage(victim.path.read_bytes())
+    storage = RecordingStorage("image", victim.path.read_bytes())
     disk = Disk([Layer(await qcow2.open_image(storage))], copy_on_read=False)
     await disk.write(SIZE - 100, b"goes on")
     await disk.close()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import qcow2damage
 from commandline import ok, qemu_img, qemu_io
+from powercut import RecordingStorage
 from qcow2damage import COPIED, MASK, WRECKS, Anatomy
-from recording import RecordingStorage
 from storages import MemoryStorage
 
 from cowfs.block.check import CheckResult, Repair
@@ -435,7 +435,7 @@ async def test_a_power_cut_during_a_repair_leaves_what_can_be_repaired(tmp_path:
     path = tmp_path / "image"
     path.write_bytes(start)
     before = await readable(path)
-    storage = RecordingStorage(start)
+    storage = RecordingStorage("image", start)
     await repair(storage)
     states = [*storage.prefixes(), *storage.cuts(random.Random(1), 3)]
     assert len(states) > 20

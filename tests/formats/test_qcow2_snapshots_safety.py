@@ -17,7 +17,7 @@ from imagetools import (
     qemu_fill,
     qemu_snapshots,
 )
-from recording import RecordingStorage
+from powercut import RecordingStorage
 from storages import Gate
 from trio.testing import wait_all_tasks_blocked
 
@@ -109,7 +109,7 @@ async def test_damaged_images_are_refused_or_left_no_worse(tmp_path: Path, seed:
         place = rnd.choice(starts) + rnd.randrange(48)
         content[place] = rnd.choice([0, 1, 2, 0x80, 0xFF, content[place] ^ 0x10])
     for change in ("create", "apply", "delete"):
-        storage = RecordingStorage(bytes(content))
+        storage = RecordingStorage("image", bytes(content))
         try:
             image = await qcow2.open_image(storage)
             if change == "create":
@@ -168,7 +168,7 @@ async def state_of(content: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
 @pytest.mark.parametrize("change", ["create", "apply", "delete"])
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
 async def test_power_cuts(tmp_path: Path, cluster_size: int, change: str) -> None:
-    storage = RecordingStorage(await recorded(tmp_path, cluster_size))
+    storage = RecordingStorage("image", await recorded(tmp_path, cluster_size))
     image = await qcow2.open_image(storage)
     if change == "create":
         await image.create_snapshot("third", DATE)
@@ -202,7 +202,7 @@ async def test_every_failure_leaves_the_old_state(tmp_path: Path, operation: str
     start = await recorded(tmp_path, 4096)
     old = await state_of(start)
     for number in range(0, 400, 1 if operation == "flush" else 9):
-        storage = RecordingStorage(start)
+        storage = RecordingStorage("image", start)
         image = await qcow2.open_image(storage)
         storage.cold = operation == "read"
         storage.failures[operation] = [None] * number + [StorageError("no", errno=5)]
@@ -226,7 +226,7 @@ async def test_every_failure_leaves_the_old_state(tmp_path: Path, operation: str
 
 async def test_readers_go_on_meanwhile(tmp_path: Path) -> None:
     """A reader that has looked something up reads it although the snapshot that keeps it is deleted meanwhile."""
-    storage = RecordingStorage(await recorded(tmp_path, 4096))
+    storage = RecordingStorage("image", await recorded(tmp_path, 4096))
     image = await qcow2.open_image(storage)
     disk = Disk([Layer(image)], copy_on_read=False)
     expected = bytes(await disk.read(0, SIZE))

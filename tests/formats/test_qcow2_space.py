@@ -66,8 +66,7 @@ async def test_churn_neither_damages_nor_grows_the_file(image: str, seed: int) -
     options, size = IMAGES[image]
     churn = Churn(seed, size)
     await qcow2.create(churn.storage, size, None, options)
-    start = bytes(churn.storage.content)
-    churn.storage.steps.clear()
+    churn.storage.begin()
     await churn.open()
     for _ in range(120):
         await churn.step()
@@ -80,6 +79,6 @@ async def test_churn_neither_damages_nor_grows_the_file(image: str, seed: int) -
     assert await Disk([Layer(again)]).read(0, size) == churn.model
     steps = churn.storage.steps
     for moment in churn.chooser.sample(range(len(steps) + 1), 12):
-        cut = MemoryStorage("cut", after_cut(start, steps[:moment], churn.chooser), read_only=True)
+        cut = MemoryStorage("cut", after_cut(churn.storage.start, steps[:moment], churn.chooser), read_only=True)
         result = await (await qcow2.open_image(cut)).check()
         assert not result.corruptions, (moment, result.messages[:5])

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 from commandline import cowfs, ok
+from powercut import RecordingStorage
 from qedtools import (
     M,
     assert_clean,
@@ -30,7 +31,6 @@ from qedtools import (
     qemu_create,
     qemu_io,
 )
-from recording import RecordingStorage
 from storages import Gate, MemoryStorage
 
 from cowfs.block.disk import Disk
@@ -362,7 +362,7 @@ async def test_entries_beyond_the_end_are_dropped_as_qemu_does(
 
 async def test_a_crash_while_they_are_dropped_leaves_what_can_be_opened(tmp_path: Path) -> None:
     path, content = await crashed(tmp_path)
-    storage = RecordingStorage(path.read_bytes())
+    storage = RecordingStorage("image", path.read_bytes())
     await (await qed.open_image(storage)).close()
     moments = [*storage.prefixes(), *storage.cuts(random.Random(1), 3)]
     assert len(moments) > 3

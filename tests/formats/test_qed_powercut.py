@@ -30,7 +30,6 @@ class Scene:
         content = head.ljust(CLUSTER * (1 + self.table_size), b"\0")
         self.storage = RecordingStorage("disk", content, cold=bool(seed % 2))
         self.model: dict[int, bytes] = {}
-        self.start = b""
 
     async def fill(self) -> None:
         self.disk = disk_over(await qed.open_image(self.storage))
@@ -50,14 +49,13 @@ class Scene:
         assert await self.disk.drop(offset, CLUSTER, WriteTracker(1))
 
     def begin(self) -> None:
-        self.start = bytes(self.storage.content)
-        self.storage.steps.clear()
+        self.storage.begin()
 
     def cuts(self) -> Iterator[bytes]:
         for end in range(len(self.storage.steps) + 1):
-            yield after_cut(self.start, self.storage.steps[:end], None)
+            yield after_cut(self.storage.start, self.storage.steps[:end], None)
             for _ in range(SUBSETS):
-                yield after_cut(self.start, self.storage.steps[:end], self.chooser)
+                yield after_cut(self.storage.start, self.storage.steps[:end], self.chooser)
 
 
 async def assert_sound(content: bytes, model: dict[int, bytes]) -> None:

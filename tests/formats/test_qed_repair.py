@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commandline import ok, qemu_img
+from powercut import RecordingStorage
 from qedtools import M, features_on_disk, header_on_disk, qemu_check, qemu_create, qemu_io
-from recording import RecordingStorage
 
 from cowfs.block.check import CheckResult, Repair
 from cowfs.errors import CorruptImage, CowfsError
@@ -129,7 +129,7 @@ async def test_a_power_cut_during_a_repair_leaves_what_can_be_repaired(tmp_path:
     _put(image, table + 8 * 7, 0)
     path.write_bytes(image)
     before = await _content(path)
-    storage = RecordingStorage(bytes(image))
+    storage = RecordingStorage("image", bytes(image))
     await (await qed.open_image(storage, for_repair=True)).check(Repair.ALL)
     for content in [*storage.prefixes(), *storage.cuts(random.Random(1), 3)]:
         path.write_bytes(content)

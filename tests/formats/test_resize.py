@@ -20,7 +20,7 @@ from imagetools import (
     qemu_create,
     qemu_fill,
 )
-from recording import RecordingStorage
+from powercut import RecordingStorage
 from storages import Gate
 from trio.testing import wait_all_tasks_blocked
 
@@ -238,7 +238,7 @@ async def test_power_cuts(tmp_path: Path, cluster_size: int, with_snapshot: bool
         ok(qemu_img("snapshot", "-c", "one", path))
         qemu_fill(path, SIZE, 2, 5)
     model = qemu_content(path)
-    storage = RecordingStorage(path.read_bytes())
+    storage = RecordingStorage("image", path.read_bytes())
     image = await qcow2.open_image(storage)
     await image.shrink(1_234_432)
     await image.close()
@@ -255,7 +255,7 @@ async def test_power_cuts(tmp_path: Path, cluster_size: int, with_snapshot: bool
 
 
 async def test_a_reader_in_the_middle_reads_what_was_there() -> None:
-    storage = RecordingStorage(b"")
+    storage = RecordingStorage("image", b"")
     await qcow2.create(storage, SIZE, None, {"cluster_size": "4k"})
     disk = Disk([Layer(await qcow2.open_image(storage))], copy_on_read=False)
     await disk.write(0, b"x" * SIZE)
