@@ -4,6 +4,7 @@
 """
 
 import random
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import trio
 from crashing import VARIANTS, Files, Guest, Scene, open_one
 from qcow2damage import Anatomy, damage_counts, wreck_refcounts
 from storages import MemoryStorage
+from trio._core import _run
 
 from cowfs.block.chain import Chain
 from cowfs.block.check import Repair
@@ -252,15 +254,9 @@ KINDS: dict[str, tuple[Callable[[Scene], Awaitable[None]], list[str]]] = {
 PAIRS = [(kind, variant) for kind, (_, variants) in KINDS.items() for variant in variants]
 
 
-async def record(kind: str, variant: str, seed: int) -> Scene:
-    """One run."""
+async def _record(kind: str, variant: str, seed: int) -> Scene:
     scene = Scene(variant, seed)
-    with (
-        patch.multiple(commit_job, STEP=STEP, BATCH=BATCH),
-        patch.object(stream_job, "STEP", STEP),
-        # images of other programs have such; here it makes two tables out of a small disk
-        patch("cowfs.formats.qed.create.MIN_NEW_TABLE_SIZE", 1),
-    ):
+    with patch.multiple(commit_job, STEP=STEP, BATCH=BATCH), patch.object(stream_job, "STEP", STEP):
         await KINDS[kind][0](scene)
     return scene
 
@@ -274,12 +270,27 @@ class Outcome:
     failures: list[tuple[str, str]] = field(default_factory=list)
 
 
-async def try_states(
+def try_states(
     kind: str, variant: str, seed: int, *, moments: int, losses: int, qemu: float = 0, only: str | None = None
 ) -> Outcome:
-    """Record one run and look at states of it; ``qemu`` is the share that QEMU looks at too."""
+    """Record one run and look at states of it; ``qemu`` is the share that QEMU looks at too.
+
+    The same run is the same again: trio, which runs tasks in random order, is told which.
+    """
+    _run._r.seed(f"{kind} {variant} {seed}")
+    with patch.object(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True):
+        return trio.run(_try_states, kind, variant, seed, moments, losses, qemu, only)
+
+
+async def _try_states(
+    kind: str, variant: str, seed: int, moments: int, losses: int, qemu: float, only: str | None
+) -> Outcome:
     outcome = Outcome()
-    scene = await record(kind, variant, seed)
+    try:
+        scene = await _record(kind, variant, seed)
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding
+        outcome.failures.append(("run", _told(error)))
+        return outcome
     for number, (name, moment, files) in enumerate(scene.cuts(moments, losses)):
         if only is not None and name != only:
             continue
@@ -288,9 +299,19 @@ async def try_states(
         outcome.with_qemu += ask_qemu
         try:
             await _look(scene, moment, files, used=number % USED == 0, ask_qemu=ask_qemu)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong is a finding
-            outcome.failures.append((name, f"{type(error).__name__}: {error}"))
+        except Exception as error:  # noqa: BLE001
+            outcome.failures.append((name, _told(error)))
     return outcome
+
+
+def _told(error: BaseException) -> str:
+    """In one line: what, and where in the code."""
+    # trio wraps what happens in a nursery into groups, which Python 3.10 has no name for
+    while inner := getattr(error, "exceptions", ()):
+        error = inner[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "nowhere"
+    return f"{type(error).__name__}: {str(error) or 'without a text'} ({place})"
 
 
 async def _look(scene: Scene, moment: int, files: Files, *, used: bool, ask_qemu: bool) -> None:

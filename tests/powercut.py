@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from storages import MemoryStorage
 
+from cowfs.block.alignment import align_down, align_up
 from cowfs.storage.base import WriteBuffers
 
 #: bytes that a disk writes whole or not at all
@@ -24,7 +25,7 @@ class Flushed:
     covered: int
 
 
-#: offset and bytes of a write or a hole, or a length to cut the file to, or a flush
+#: offset and bytes of a write or a hole, in whole sectors; or a length to cut the file to; or a flush
 Step = tuple[int, bytes] | int | Flushed
 Change = tuple[int, bytes] | int
 #: steps of several storages in order, by name
@@ -61,8 +62,10 @@ class RecordingStorage(MemoryStorage):
         self.journal.append((self.name, step))
 
     def _store(self, offset: int, buffers: WriteBuffers) -> None:
-        self._record((offset, b"".join(buffers)))
         super()._store(offset, buffers)
+        # the page cache writes whole sectors, with what earlier writes left in them
+        start, end = align_down(offset, SECTOR), align_up(offset + sum(map(len, buffers)), SECTOR)
+        self._record((start, bytes(self.content[start:end])))
 
     async def flush(self) -> None:
         covered = len(self.steps)
@@ -172,7 +175,7 @@ def _torn(change: Change, chooser: random.Random) -> list[Change]:
     if isinstance(change, int):
         return [change]
     offset, data = change
-    borders = [0, *range(SECTOR - offset % SECTOR, len(data), SECTOR), len(data)]
+    borders = [*range(0, len(data), SECTOR), len(data)]
     sectors = list(itertools.pairwise(borders))
     at = chooser.randrange(len(sectors) + 1)
     kind = chooser.randrange(3)

@@ -13,7 +13,7 @@ MOMENTS, LOSSES = 6, 2
 
 
 @pytest.mark.parametrize(("kind", "variant"), PAIRS)
-async def test_power_cuts(kind: str, variant: str) -> None:
-    outcome = await try_states(kind, variant, 1, moments=MOMENTS, losses=LOSSES)
+def test_power_cuts(kind: str, variant: str) -> None:
+    outcome = try_states(kind, variant, 1, moments=MOMENTS, losses=LOSSES)
     assert outcome.failures == []
     assert outcome.states > MOMENTS
