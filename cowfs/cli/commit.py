@@ -3,7 +3,7 @@
 import click
 
 from cowfs.block.disk import Disk
-from cowfs.cli.jobs import run_live, run_offline
+from cowfs.cli.jobs import offline_policy, on_error_option, run_live, run_offline
 from cowfs.cli.live import find_live
 from cowfs.cli.options import cache_option, parse_size_for, quiet_option
 from cowfs.errors import UsageError
@@ -21,6 +21,7 @@ from cowfs.jobs.commit import Commit
 @cache_option("-t", "--cache", "of the files")
 @click.option("--no-wait", is_flag=True, help="Return at once; the job goes on in the mount.")
 @click.option("-p", "--progress", is_flag=True, help="As in qemu-img; progress is shown anyway, unless -q is given.")
+@on_error_option
 @quiet_option
 @click.argument("file", metavar="MOUNT/NAME|FILE")
 def command(
@@ -30,6 +31,7 @@ def command(
     keep: bool,
     speed: str,
     no_wait: bool,
+    on_error: str,
     progress: bool,
     quiet: bool,
 ) -> int | None:
@@ -53,15 +55,17 @@ def command(
     live = find_live(file)
     if live is not None:
         _refuse_live(file, {"--format": format is not None, "--base": base is not None, "--keep": keep})
-        return run_live(live, "commit", [f"speed={limit}"], wait=not no_wait, quiet=quiet)
+        return run_live(live, "commit", [f"speed={limit}", f"on-error={on_error}"], wait=not no_wait, quiet=quiet)
     if no_wait:
         raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
+
+    policy = offline_policy(file, on_error)
 
     def make(disk: Disk) -> Commit:
         if len(disk.layers) == 1:
             raise UsageError("there is no backing file to commit into", file=file)
         depth = 1 if base is None else find_layer(disk.layers, base)
-        return Commit(disk, speed=limit, base=depth, keep=keep or base is not None)
+        return Commit(disk, speed=limit, on_error=policy, base=depth, keep=keep or base is not None)
 
     code = run_offline(file, format, make, quiet=quiet)
     if not quiet:

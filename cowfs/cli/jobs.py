@@ -12,15 +12,30 @@ import trio
 from cowfs.block.disk import Disk
 from cowfs.cli.live import Live
 from cowfs.cli.progress import Display, progress_display
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, UsageError
 from cowfs.formats.chain import open_disk
 from cowfs.jobs.control import progress
-from cowfs.jobs.job import Job, State
+from cowfs.jobs.job import Job, OnError, State
 
 #: seconds between two looks at a job that goes on
 INTERVAL = 0.5
 #: exit code after Ctrl-C, as shells report it
 INTERRUPTED = 130
+
+
+on_error_option = click.option(
+    "--on-error",
+    type=click.Choice([policy.value for policy in OnError]),
+    default=OnError.REPORT.value,
+    help="What an error does to the job: end it, pause it until it is resumed, or nothing until all else is done.",
+)
+
+
+def offline_policy(file: str, text: str) -> OnError:
+    """Return what a job on an image file does about errors. Raises `UsageError` for one that nobody could resume."""
+    if text == OnError.STOP.value:
+        raise UsageError("--on-error stop needs a disk of a mount, where the job can be resumed", file=file)
+    return OnError(text)
 
 
 def run_live(live: Live, verb: str, keys: Sequence[str], *, wait: bool, quiet: bool) -> int | None:
@@ -46,7 +61,7 @@ def _follow(live: Live, verb: str, display: Display) -> dict[str, str]:
             text = os.pread(file.fileno(), 1 << 16, 0).decode(errors="surrogateescape")
             facts = dict(line.split(": ", 1) for line in text.splitlines())
             display.show(facts)
-            if not State(facts["state"]).is_active:
+            if not State(facts["state"]).is_active or (facts["state"] == State.PAUSED.value and facts["error"]):
                 return facts
             poll.poll(INTERVAL * 1000)
 
@@ -83,6 +98,8 @@ async def _watch(job: Job, display: Display) -> None:
 def _outcome(verb: str, facts: dict[str, Any], file: str) -> int | None:
     if facts["state"] == State.COMPLETED.value:
         return None
+    if facts["state"] == State.PAUSED.value:
+        raise CowfsError(f"the {verb} job is paused until it is resumed: {facts['error']}", file=file)
     if facts["state"] == State.CANCELLED.value:
         raise CowfsError(f"the {verb} job was cancelled", file=file)
     raise CowfsError(f"the {verb} job failed: {facts['error'].removeprefix(f'{file}: ')}", file=file)

@@ -4,7 +4,7 @@ from functools import partial
 
 import click
 
-from cowfs.cli.jobs import run_live, run_offline
+from cowfs.cli.jobs import offline_policy, on_error_option, run_live, run_offline
 from cowfs.cli.live import find_live
 from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
@@ -15,9 +15,10 @@ from cowfs.jobs.stream import Stream
 @click.option("-f", "--format", metavar="FMT", help="Format of an image FILE; told from its first bytes if not given.")
 @click.option("--speed", metavar="SIZE", default="0", help="Bytes a second that are copied at most; 0 is no limit.")
 @click.option("--no-wait", is_flag=True, help="Return at once; the job goes on in the mount.")
+@on_error_option
 @quiet_option
 @click.argument("file", metavar="MOUNT/NAME|FILE")
-def command(file: str, format: str | None, speed: str, no_wait: bool, quiet: bool) -> int | None:
+def command(file: str, format: str | None, speed: str, no_wait: bool, on_error: str, quiet: bool) -> int | None:
     """Copy everything that an image takes from its backing files into the image itself, then let go of them.
 
     Given the flat file of a mount, this happens under whoever uses the disk: nothing of it can be seen in the
@@ -36,7 +37,8 @@ def command(file: str, format: str | None, speed: str, no_wait: bool, quiet: boo
     if live is None:
         if no_wait:
             raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
-        return run_offline(file, format, partial(Stream, speed=limit), quiet=quiet)
+        policy = offline_policy(file, on_error)
+        return run_offline(file, format, partial(Stream, speed=limit, on_error=policy), quiet=quiet)
     if format is not None:
         raise UsageError("--format is for image files; this disk is open already", file=file)
-    return run_live(live, "stream", [f"speed={limit}"], wait=not no_wait, quiet=quiet)
+    return run_live(live, "stream", [f"speed={limit}", f"on-error={on_error}"], wait=not no_wait, quiet=quiet)

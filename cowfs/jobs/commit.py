@@ -9,6 +9,7 @@ again ends in the same result.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import trio
 
@@ -16,7 +17,7 @@ from cowfs.block.alignment import align_down, align_up
 from cowfs.block.disk import Disk
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import UsageError
-from cowfs.jobs.job import Job
+from cowfs.jobs.job import Job, OnError
 
 #: bytes copied between two looks at pause, speed and cancel
 STEP = 1 << 20
@@ -38,9 +39,17 @@ class Commit(Job):
 
     verb = "commit"
 
-    def __init__(self, disk: Disk, *, speed: int = 0, base: int = 1, keep: bool = False) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        speed: int = 0,
+        on_error: OnError = OnError.REPORT,
+        base: int = 1,
+        keep: bool = False,
+    ) -> None:
         assert keep or base == 1, "what several layers hold cannot be dropped in one"
-        super().__init__(disk, speed=speed)
+        super().__init__(disk, speed=speed, on_error=on_error)
         self._base = base
         self._keep = keep
         self._step = max(STEP, *(layer.cluster_size for layer in disk.layers[: base + 1]))
@@ -55,6 +64,7 @@ class Commit(Job):
             await disk.set_layer_writable(self._base, True)
             try:
                 await (self._copy_all() if self._keep else self._merge())
+                self.require_no_errors()
             finally:
                 with trio.CancelScope(shield=True):
                     await disk.set_layer_writable(self._base, False)
@@ -67,8 +77,8 @@ class Commit(Job):
         for position in range(0, self.disk.size, WINDOW):
             end = min(position + WINDOW, self.disk.size)
             for start, stop in await self._held(position, end):
-                copied = await self.disk.copy_down(start, stop - start, self._base)
-                await self.advance(stop, copied)
+                copied = await self.attempt(partial(self.disk.copy_down, start, stop - start, self._base))
+                await self.advance(stop, copied or 0)
             await self.advance(end, 0)
 
     async def _merge(self) -> None:
@@ -84,8 +94,8 @@ class Commit(Job):
         for start in range(0, disk.size, WINDOW):
             await self._make_room()
             for area in await self._held(start, min(start + WINDOW, disk.size)):
-                copied = await disk.push_down(area[0], area[1] - area[0])
-                await self.advance(area[1], copied)
+                copied = await self.attempt(partial(disk.push_down, area[0], area[1] - area[0]))
+                await self.advance(area[1], copied or 0)
 
     async def _make_room(self) -> None:
         """The base must be as large as the disk; a larger one stays as it is."""
@@ -107,14 +117,15 @@ class Commit(Job):
         size = 0
         for start, end in areas:
             tracker.clear(start, end - start)
-            copied = await self.disk.copy_down(start, end - start)
-            batch.append((start, end))
-            size += end - start
+            copied = await self.attempt(partial(self.disk.copy_down, start, end - start))
+            if copied is not None:
+                batch.append((start, end))
+                size += end - start
             if size >= BATCH:
-                await self._drop(batch, tracker)
+                await self.attempt(partial(self._drop, batch, tracker))
                 batch, size = [], 0
-            await self.advance(end, copied)
-        await self._drop(batch, tracker)
+            await self.advance(end, copied or 0)
+        await self.attempt(partial(self._drop, batch, tracker))
 
     async def _drop(self, batch: list[Area], tracker: WriteTracker) -> None:
         """Make a batch durable below, then forget above what has not been written again since."""

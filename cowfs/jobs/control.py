@@ -10,7 +10,7 @@ from cowfs.block.disk import Disk
 from cowfs.errors import Busy, UsageError
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.commit import Commit
-from cowfs.jobs.job import Job, State
+from cowfs.jobs.job import Job, OnError, State
 from cowfs.jobs.stream import Stream
 from cowfs.units import parse_size
 
@@ -33,12 +33,14 @@ class Kind(NamedTuple):
     later: Mapping[str, Sequence[str] | None]
 
 
+_POLICIES = tuple(policy.value for policy in OnError)
+
 KINDS: dict[str, Kind] = {
-    "stream": Kind(Stream, {"on-error": ("report",)}, {"base": None, "on-error": ("stop", "ignore")}),
+    "stream": Kind(Stream, {"on-error": _POLICIES}, {"base": None}),
     "commit": Kind(
         Commit,
-        {"on-error": ("report",), "pivot": ("no",)},
-        {"base": None, "top": None, "on-error": ("stop", "ignore"), "pivot": ("yes",)},
+        {"on-error": _POLICIES, "pivot": ("no",)},
+        {"base": None, "top": None, "pivot": ("yes",)},
     ),
 }
 
@@ -101,14 +103,14 @@ class JobControl:
             {"pause": job.pause, "resume": job.resume, "complete": job.complete}[name]()
 
     async def _start(self, verb: str, words: Sequence[str]) -> None:
-        speed = _parse_keys(verb, words)
+        speed, on_error = _parse_keys(verb, words)
         active = self.active
         if active is not None:
             raise Busy(f"a {active.verb} job is {active.state.value}; wait for it, or cancel it")
         self._disk.layers[0].require_writable()
         if verb == "commit":
             self._check_base()
-        job = KINDS[verb].make(self._disk, speed=speed)
+        job = KINDS[verb].make(self._disk, speed=speed, on_error=on_error)
         job.on_change = partial(self._changed, verb)
         self.jobs[verb] = job
         self._nursery.start_soon(job.run)
@@ -131,9 +133,9 @@ class JobControl:
                 raise Busy(f"its backing file {base.name} is in use by '{name}'")
 
 
-def _parse_keys(verb: str, words: Sequence[str]) -> int:
-    """Check the words after ``start``; bytes a second."""
-    kind, speed = KINDS[verb], 0
+def _parse_keys(verb: str, words: Sequence[str]) -> tuple[int, OnError]:
+    """Check the words after ``start``; bytes a second, and what to do about errors."""
+    kind, speed, on_error = KINDS[verb], 0, OnError.REPORT
     for word in words:
         key, sign, value = word.partition("=")
         if key == "speed" and sign:
@@ -145,7 +147,9 @@ def _parse_keys(verb: str, words: Sequence[str]) -> int:
             if later is None or value in later:
                 raise UsageError(f"this version does not offer {word}")
             raise UsageError(f"{key}={value} is not one of {', '.join(kind.keys[key])}")
-    return speed
+        elif key == "on-error":
+            on_error = OnError(value)
+    return speed, on_error
 
 
 def progress(job: Job | None) -> dict[str, str | int | float | None]:

@@ -3,16 +3,18 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import trio
 
 from cowfs.block.disk import Disk
-from cowfs.errors import CowfsError, UsageError
+from cowfs.errors import CorruptImage, CowfsError, StorageError, UsageError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: seconds over which the rate is measured
 RATE_WINDOW = 5.0
@@ -35,6 +37,17 @@ class State(str, Enum):
         return self in (State.RUNNING, State.PAUSED, State.READY)
 
 
+class OnError(str, Enum):
+    """What a job does when a step of it fails."""
+
+    #: end as failed
+    REPORT = "report"
+    #: pause; when it is resumed, try again
+    STOP = "stop"
+    #: go on with the next step, and end as failed once everything else is done
+    IGNORE = "ignore"
+
+
 class Job(ABC):
     """One job on one disk. ``offset`` and ``length`` are bytes of the guest's disk, ``speed`` bytes a second.
 
@@ -44,9 +57,11 @@ class Job(ABC):
 
     verb: ClassVar[str]
 
-    def __init__(self, disk: Disk, *, speed: int = 0) -> None:
+    def __init__(self, disk: Disk, *, speed: int = 0, on_error: OnError = OnError.REPORT) -> None:
         self.disk = disk
         self.speed = speed
+        self.on_error = on_error
+        self._ignored: CowfsError | None = None
         self.state = State.NONE
         self.offset = 0
         self.length = disk.size
@@ -100,6 +115,7 @@ class Job(ABC):
     def resume(self) -> None:
         """Go on after a `pause`."""
         self._require("resume", State.PAUSED)
+        self.error = ""
         self._not_before = trio.current_time()
         self._enter(State.RUNNING)
         self._resumed.set()
@@ -155,6 +171,32 @@ class Job(ABC):
     @abstractmethod
     async def work(self) -> None:
         """Do it. Errors that are raised end the job as failed."""
+
+    async def attempt(self, step: Callable[[], Awaitable[T]]) -> T | None:
+        """Make one step, and do what ``on_error`` says if the host fails it; None for a step that was skipped.
+
+        A step that failed must be safe to be done again, or left. Other errors are raised.
+        """
+        while True:
+            try:
+                return await step()
+            except (StorageError, CorruptImage) as error:
+                if self.on_error is OnError.REPORT:
+                    raise
+                log.error("%s: %s", self.verb, error)
+                self.error = str(error)
+                if self.on_error is OnError.IGNORE:
+                    self._ignored = self._ignored or error
+                    return None
+            if self.state is State.RUNNING:
+                self.pause()
+            while self.state is State.PAUSED:
+                await self._resumed.wait()
+
+    def require_no_errors(self) -> None:
+        """Raise the first error that was ignored; called before a step that needs all the others."""
+        if self._ignored is not None:
+            raise self._ignored
 
     async def advance(self, offset: int, copied: int) -> None:
         """Say that the job has come to ``offset`` and copied so many bytes since the last call.

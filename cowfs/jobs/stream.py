@@ -3,6 +3,8 @@
 Streaming is copy-on-read walked along the disk by a loop. It knows nothing of any format.
 """
 
+from functools import partial
+
 from cowfs.block.extent import Kind
 from cowfs.jobs.job import Job
 
@@ -27,10 +29,12 @@ class Stream(Job):
         while position < disk.size:
             self.length = disk.size
             end = min(position + WINDOW, disk.size)
-            for start, stop in await self._below(position, end):
+            for start, stop in await self.attempt(partial(self._below, position, end)) or ():
                 await self._copy(start, stop)
             position = end
             await self.advance(position, 0)
+        await self.attempt(disk.flush)
+        self.require_no_errors()
         await disk.drop_backing()
 
     async def _below(self, start: int, end: int) -> list[tuple[int, int]]:
@@ -45,4 +49,5 @@ class Stream(Job):
         step = max(STEP, self.disk.cluster_size)
         for position in range(start, end, step):
             size = min(step, end - position)
-            await self.advance(position + size, await self.disk.copy_up(position, size))
+            copied = await self.attempt(partial(self.disk.copy_up, position, size))
+            await self.advance(position + size, copied or 0)
