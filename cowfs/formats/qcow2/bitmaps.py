@@ -4,6 +4,7 @@ cowfs does not keep them up to date. An image that is written has all of them ma
 anything changes: that is how QEMU leaves bitmaps behind when it is killed, and how it then takes them.
 """
 
+import logging
 import struct
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from cowfs.block.alignment import align_up
 from cowfs.errors import CorruptImage
 from cowfs.formats.qcow2.layout import AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header
 from cowfs.storage.base import Storage
+
+log = logging.getLogger(__name__)
 
 #: bitmap's data or attributes may be outdated
 IN_USE = 1 << 0
@@ -97,14 +100,23 @@ async def describe(storage: Storage, header: Header) -> list[dict[str, Any]]:
     ]
 
 
-async def mark_in_use(storage: Storage, directory: Directory) -> None:
-    """Have every bitmap say, durably, that it may be outdated. Raises `CorruptImage`; nothing has changed then.
+async def mark_in_use(storage: Storage, header: Header) -> bool:
+    """Have every bitmap say, durably, that it may be outdated; False if nobody may vouch for them as they are.
 
     Each entry changes at once, and an image whose bitmaps are partly marked is as good as one of which none is.
     """
-    bitmaps = [bitmap for bitmap in await read_bitmaps(storage, directory) if not bitmap.flags & IN_USE]
+    directory = locate(header)
+    if directory is None:
+        return False
+    try:
+        found = await read_bitmaps(storage, directory)
+    except CorruptImage as error:
+        log.warning("%s: bitmaps are given up: %s", storage.name, error.message)
+        return False
+    bitmaps = [bitmap for bitmap in found if not bitmap.flags & IN_USE]
     for bitmap in bitmaps:
         place = directory.offset + bitmap.position + _FLAGS_AT
         await storage.write(place, [_FLAGS.pack(bitmap.flags | IN_USE)])
     if bitmaps:
         await storage.flush()
+    return True

@@ -1,6 +1,5 @@
 """The qcow2 driver: what its entries mean and where its clusters come from; the rest is `TwoLevelImage`."""
 
-import logging
 from array import array
 from collections import OrderedDict
 from typing import Any
@@ -16,7 +15,7 @@ from cowfs.block.metacache import Level, MetadataCache, Table
 from cowfs.block.snapshots import InternalSnapshot
 from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, Unsupported, UsageError
-from cowfs.formats.qcow2 import bitmaps, changes, compressed
+from cowfs.formats.qcow2 import bitmaps, changes, compressed, overlap
 from cowfs.formats.qcow2.check import check
 from cowfs.formats.qcow2.facts import describe
 from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
@@ -35,13 +34,10 @@ from cowfs.formats.qcow2.layout import (
     has_refcount_table,
     parse_header,
 )
-from cowfs.formats.qcow2.overlap import common, data_clusters
 from cowfs.formats.qcow2.refcounts import Refcounts
 from cowfs.formats.qcow2.repair import check_and_repair
 from cowfs.formats.qcow2.snapshots import find_snapshot, read_snapshots
 from cowfs.storage.base import Storage
-
-log = logging.getLogger(__name__)
 
 #: bytes of unpacked clusters that one image remembers
 UNPACKED_BYTES = 4 << 20
@@ -183,24 +179,12 @@ class Qcow2Image(TwoLevelImage):
         """Mark bitmaps as outdated, and clear autoclear bits that vouch for what this driver does not keep up."""
         await self.recover()
         kept = self.header.autoclear & self.kept_autoclear
-        if await self._mark_bitmaps():
+        if await bitmaps.mark_in_use(self.storage, self.header):
             kept |= AUTOCLEAR_BITMAPS
         if self.header.autoclear != kept:
             self._set_field(88, 8, kept)
             await self.flush()
             self.header.autoclear = kept
-
-    async def _mark_bitmaps(self) -> bool:
-        """Have all bitmaps say that they may be outdated; False if they cannot, so that nobody may vouch for them."""
-        directory = bitmaps.locate(self.header)
-        if directory is None:
-            return False
-        try:
-            await bitmaps.mark_in_use(self.storage, directory)
-        except CorruptImage as error:
-            log.warning("%s: bitmaps are given up: %s", self.storage.name, error.message)
-            return False
-        return True
 
     async def prepare(self) -> None:
         """Nothing: counts are kept true at every flush."""
@@ -280,11 +264,9 @@ class Qcow2Image(TwoLevelImage):
 
     def _vet_table(self, table: Table) -> None:
         """Refuse a table that has data in the place of metadata; who only reads may go on."""
-        entries = np.frombuffer(table.entries, np.uint64)[:: self.header.entry_words]
-        shared = common(data_clusters(entries, self.cluster_bits), self.refcounts.known_metadata())
-        if not len(shared):
+        what = overlap.complaint(table.entries, self.header, self.refcounts.known_metadata())
+        if what is None:
             return
-        what = f"has data in host cluster {int(shared[0])}, which holds metadata; repair it with 'cowfs check -r all'"
         if self.storage.read_only:
             self.unwritable = self.unwritable or what
             return
