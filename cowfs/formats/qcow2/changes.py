@@ -1,4 +1,4 @@
-"""Internal snapshots made, reverted to and deleted, and disks made smaller: what changes a whole image at once.
+"""Internal snapshots shown, made, reverted to and deleted, and disks made smaller: what changes a whole image at once.
 
 Names, ids and what the table says are those of ``qemu-img snapshot``.
 """
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cowfs.block.metacache import Level, Table
 from cowfs.errors import CorruptImage, Unsupported, UsageError
 from cowfs.formats.qcow2 import compressed
 from cowfs.formats.qcow2.layout import COMPRESSED, COPIED, MAX_L1_BYTES, MAX_SNAPSHOTS, OFFSET_MASK, ZERO
 from cowfs.formats.qcow2.overhaul import Entries, Overhaul, overhaul
-from cowfs.formats.qcow2.snapshots import find_snapshot, new_entry
+from cowfs.formats.qcow2.snapshots import find_snapshot, new_entry, read_snapshots
 
 if TYPE_CHECKING:
     from cowfs.formats.qcow2.image import Qcow2Image
@@ -22,6 +23,22 @@ MAX_NAME = 255
 #: bytes; disks are whole numbers of sectors
 _SECTOR = 512
 _ALL_ALLOCATED = (1 << 32) - 1
+
+
+async def show_snapshot(image: "Qcow2Image", text: str) -> None:
+    """Map by the L1 table of a snapshot."""
+    found, _ = await read_snapshots(image.storage, image.header)
+    snapshot = found[find_snapshot(found, text, by_id=True)]
+    size = snapshot.describe(image.header.size).disk_size
+    if snapshot.l1_offset & (image.cluster_size - 1):
+        raise CorruptImage(f"the L1 table of the snapshot '{text}' is not aligned to a cluster")
+    entries = await image.tables.read(snapshot.l1_offset, snapshot.l1_entries * 8, "Q", "L1 table of a snapshot")
+    if len(entries) < -(-size >> image.cluster_bits + image.table_bits):
+        raise CorruptImage(f"the L1 table of the snapshot '{text}' is too small for its disk")
+    image.unwritable = f"shows the internal snapshot '{text}', which can only be read"
+    image.tables.forget(image.l1)
+    image.l1 = image.tables.keep(Table(snapshot.l1_offset, entries, Level.LINK, fresh=False))
+    image.size = size
 
 
 async def create_snapshot(image: "Qcow2Image", name: str, date: tuple[int, int]) -> None:

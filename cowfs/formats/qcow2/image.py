@@ -36,7 +36,7 @@ from cowfs.formats.qcow2.layout import (
 )
 from cowfs.formats.qcow2.refcounts import Refcounts
 from cowfs.formats.qcow2.repair import check_and_repair
-from cowfs.formats.qcow2.snapshots import find_snapshot, read_snapshots
+from cowfs.formats.qcow2.snapshots import read_snapshots
 from cowfs.storage.base import Storage
 
 #: bytes of unpacked clusters that one image remembers
@@ -452,19 +452,8 @@ class Qcow2Image(TwoLevelImage):
         return [snapshot.describe(self.header.size) for snapshot in found]
 
     async def show_snapshot(self, text: str) -> None:
-        """Map by the L1 table of a snapshot."""
-        found, _ = await read_snapshots(self.storage, self.header)
-        snapshot = found[find_snapshot(found, text, by_id=True)]
-        size = snapshot.describe(self.header.size).disk_size
-        if snapshot.l1_offset & (self.cluster_size - 1):
-            raise CorruptImage(f"the L1 table of the snapshot '{text}' is not aligned to a cluster")
-        entries = await self.tables.read(snapshot.l1_offset, snapshot.l1_entries * 8, "Q", "L1 table of a snapshot")
-        if len(entries) < -(-size >> self.cluster_bits + self.table_bits):
-            raise CorruptImage(f"the L1 table of the snapshot '{text}' is too small for its disk")
-        self.unwritable = f"shows the internal snapshot '{text}', which can only be read"
-        self.tables.forget(self.l1)
-        self.l1 = self.tables.keep(Table(snapshot.l1_offset, entries, Level.LINK, fresh=False))
-        self.size = size
+        """See `changes.show_snapshot`."""
+        await changes.show_snapshot(self, text)
 
     async def create_snapshot(self, name: str, date: tuple[int, int]) -> None:
         """See `changes.create_snapshot`."""
