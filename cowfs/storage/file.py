@@ -285,8 +285,8 @@ class FileStorage(Storage):
         self.length = max(self.length, length)
 
     def take_space(self, offset: int, length: int) -> None:
-        """``fallocate``."""
-        if self._is_device:
+        """``fallocate``, which does not take an empty range: such is the L1 table of a disk of no bytes."""
+        if self._is_device or not length:
             return
         try:
             _fallocate(self._fd, 0, offset, length)
