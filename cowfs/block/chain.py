@@ -35,8 +35,12 @@ class Chain:
         self.layers: tuple[Layer, ...] = tuple(layers)
         self.readers = Readers()
         for layer in self.layers:
-            if isinstance(layer.image, TwoLevelImage):
-                layer.image.readers = self.readers
+            self._adopt(layer)
+
+    def _adopt(self, layer: Layer) -> None:
+        """Have a layer wait for the readers of this chain before it lets its space be used again."""
+        if isinstance(layer.image, TwoLevelImage):
+            layer.image.readers = self.readers
 
     @property
     def size(self) -> int:

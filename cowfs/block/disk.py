@@ -9,9 +9,8 @@ cache, or declines; the awaitable form does whatever is needed. All offsets and 
 Lock order: range lock, then the flush lock of a layer's metadata cache. No lock is held by readers.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -24,10 +23,9 @@ from cowfs.block.identity import forget, remember
 from cowfs.block.layer import Layer
 from cowfs.block.partial import SECTOR, Below, PartialClusters
 from cowfs.block.rangelock import RangeLock
+from cowfs.block.upkeep import complete_clusters, flush_periodically
 from cowfs.block.writetracker import WriteTracker
-from cowfs.errors import CowfsError, OutOfRange, ReadOnly, Unsupported, UsageError
-
-log = logging.getLogger(__name__)
+from cowfs.errors import Busy, CowfsError, OutOfRange, ReadOnly, Unsupported, UsageError
 
 #: seconds between the flushes that bound what a crash can lose where no fsync comes
 FLUSH_INTERVAL = 5.0
@@ -64,8 +62,10 @@ class Disk(Chain):
         self._holds_copying = 0
         self._flush_interval = flush_interval
         self._trackers: list[WriteTracker] = []
-        self._changed = False
+        #: whether there may be something that the next periodic flush has to write
+        self.changed = False
         self._populator: Populator | None = None
+        self._nursery: trio.Nursery | None = None
 
     # -- reading
 
@@ -158,9 +158,8 @@ class Disk(Chain):
         self._check_write(offset, length)
         if not length:
             return
-        start, end, _, _ = split(offset, length, self.cluster_size)
-        top = self.layers[0]
-        async with self.lock.hold(start, end):
+        async with self._holding(offset, offset + length) as (start, end):
+            top = self.layers[0]
             if top.partial is not None and end - start == self.cluster_size and offset >= top.image.vetted:
                 await top.begin()
                 if self._write_partial_now(offset, data, await top.map(offset, length)):
@@ -168,6 +167,17 @@ class Disk(Chain):
             self._about_to_write(offset, length)
             await self.write_layer(0, offset, memoryview(data))
         self._count_write(length)
+
+    @asynccontextmanager
+    async def _holding(self, start: int, end: int) -> AsyncIterator[tuple[int, int]]:
+        """Hold the clusters in a range of whatever layer is active when that is granted; yields their range."""
+        while True:
+            top = self.layers[0]
+            first, last = align_down(start, top.cluster_size), align_up(end, top.cluster_size)
+            async with self.lock.hold(first, last):
+                if self.layers[0] is top:
+                    yield first, last
+                    return
 
     def _write_partial_now(self, offset: int, data: bytes | bytearray | memoryview, extents: Sequence[Extent]) -> bool:
         """Write where the active layer has nothing, or a part of a cluster; False if that takes more than this."""
@@ -182,7 +192,7 @@ class Disk(Chain):
         return done
 
     def _about_to_write(self, offset: int, length: int) -> None:
-        self._changed = True
+        self.changed = True
         for tracker in self._trackers:
             tracker.mark(offset, length)
 
@@ -198,13 +208,13 @@ class Disk(Chain):
         Takes the same lock as a write, and looks at the state under it: what the guest has written meanwhile
         stays. Clusters that read as zeros are left alone.
         """
-        start, end, _, _ = split(offset, length, self.unit)
-        end = min(end, self.size)
-        if start >= end or len(self.layers) == 1:
+        if not length or len(self.layers) == 1:
             return 0
         copied = 0
-        async with self.lock.hold(align_down(start, self.cluster_size), align_up(end, self.cluster_size)):
-            if len(self.layers) == 1:
+        async with self._holding(offset, offset + length):
+            start, end, _, _ = split(offset, length, self.unit)
+            end = min(end, self.size)
+            if start >= end or len(self.layers) == 1:
                 return 0
             await self.layers[0].complete(start, end)
             for extent in await self.layers[0].map(start, end - start):
@@ -230,7 +240,7 @@ class Disk(Chain):
     async def _copy_clusters_up(self, start: int, end: int) -> None:
         data = await self.read(start, end - start, 1)
         padding = -len(data) % self.unit
-        self._changed = True
+        self.changed = True
         await self.layers[0].write_clusters(start, [data, bytes(padding)] if padding else [data])
 
     async def copy_down(self, offset: int, length: int, base: int = 1) -> int:
@@ -276,7 +286,7 @@ class Disk(Chain):
         return copied
 
     async def _drop(self, start: int, end: int) -> None:
-        self._changed = True
+        self.changed = True
         await self.layers[0].deallocate(start, end - start)
 
     def track_writes(self, chunk: int) -> AbstractContextManager[WriteTracker]:
@@ -320,7 +330,7 @@ class Disk(Chain):
         if size < layer.size:
             raise Unsupported("disks can only grow, not shrink", file=layer.name)
         async with self.lock.hold(0, EVERYWHERE):
-            self._changed = True
+            self.changed = True
             below = self.layers[depth + 1].size if depth + 1 < len(self.layers) else 0
             await self._zero_tail(depth, shows_below=below > layer.size)
             with trio.CancelScope(shield=True):
@@ -399,6 +409,35 @@ class Disk(Chain):
             for layer in below:
                 await layer.close()
 
+    async def push(self, layer: Layer) -> None:
+        """Put an empty overlay of the disk's size on top, at once; the layer below is durable and read-only then.
+
+        Raises `Busy` if the disk has another size by now.
+        """
+        # most of what there is to write, while guests go on
+        await self.flush()
+        async with self.lock.hold(0, EVERYWHERE):
+            old = self.layers[0]
+            if layer.size != self.size:
+                raise Busy(f"has {self.size} bytes, and its overlay {layer.size}", file=old.name)
+            await old.set_writable(False)
+            with trio.CancelScope(shield=True):
+                try:
+                    await remember(layer, old)
+                except BaseException:
+                    await old.set_writable(True)
+                    raise
+                if old.partial is not None:
+                    old.partial.close()
+                self._adopt(layer)
+                self._put_copies_off(layer)
+                self.layers = (layer, *self.layers)
+
+    async def settle(self) -> None:
+        """Take marks of use off the active layer, if it has any; guests wait meanwhile."""
+        async with self.lock.hold(0, EVERYWHERE):
+            await self.layers[0].settle()
+
     async def compact(self) -> None:
         """Give back host space of the active layer that holds nothing; guests wait meanwhile."""
         async with self.lock.hold(0, EVERYWHERE):
@@ -411,18 +450,25 @@ class Disk(Chain):
             task_status.started()
             return
         self._populator = Populator(self.unit, self.copy_up, self._count_copy_on_read_error)
-        top = self.layers[0]
-        if top.partial is None and top.cluster_size > SECTOR:
-            top.partial = PartialClusters(top.image, self._below(), self.readers)
         try:
-            async with trio.open_nursery() as nursery:
-                if top.partial is not None:
-                    nursery.start_soon(self._complete_partial, top.partial)
-                nursery.start_soon(self._populator.run)
-                nursery.start_soon(self._flush_periodically)
+            async with trio.open_nursery() as self._nursery:
+                self._put_copies_off(self.layers[0])
+                self._nursery.start_soon(self._populator.run)
+                self._nursery.start_soon(flush_periodically, self, self._flush_interval)
                 task_status.started()
         finally:
-            self._populator = None
+            self._populator = self._nursery = None
+
+    def _put_copies_off(self, top: Layer) -> None:
+        """Let clusters of the active layer be written in part, if it has clusters, as long as the disk is in use."""
+        if self._nursery is None or top.cluster_size <= SECTOR:
+            return
+        below = Below(
+            lambda offset, length: self.sources_now(offset, length, 1),
+            lambda offset, length: self.read(offset, length, 1),
+        )
+        top.partial = partial = PartialClusters(top.image, below, self.readers)
+        self._nursery.start_soon(complete_clusters, partial, self._flush_interval)
 
     def _count_copy_on_read_error(self) -> None:
         self.stats.copy_on_read_errors += 1
@@ -431,42 +477,6 @@ class Disk(Chain):
         """Wait until what has been read so far is copied up."""
         if self._populator is not None:
             await self._populator.drained()
-
-    def _below(self) -> Below:
-        return Below(
-            lambda offset, length: self.sources_now(offset, length, 1),
-            lambda offset, length: self.read(offset, length, 1),
-        )
-
-    async def _complete_partial(self, partial: PartialClusters) -> None:
-        while True:
-            try:
-                await partial.complete_in_background()
-            except CowfsError as error:
-                # they stay as they are, and a guest's fsync reports it
-                log.error("copy-on-write: %s", error)
-                await trio.sleep(self._flush_interval)
-
-    async def _flush_periodically(self) -> None:
-        """Bound what a crash can lose; once nothing changes any more, take marks of use off the image."""
-        settled = True
-        while True:
-            await trio.sleep(self._flush_interval)
-            try:
-                if self._changed:
-                    self._changed = settled = False
-                    await self.layers[0].flush()
-                elif not settled:
-                    async with self.lock.hold(0, EVERYWHERE):
-                        await self.layers[0].settle()
-                    settled = True
-            except Exception as error:
-                # not lost: it stays dirty, and the guest's own fsync reports it
-                self._changed = True
-                if isinstance(error, CowfsError):
-                    log.error("periodic flush: %s", error)
-                else:
-                    log.exception("periodic flush: internal error")
 
     async def close(self) -> None:
         """Flush and close all layers; the first error is raised after everything is closed."""

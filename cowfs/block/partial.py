@@ -106,6 +106,8 @@ class PartialClusters:
         #: by the number of the guest's cluster, oldest first
         self.clusters: dict[int, Partial] = {}
         self._writes = 0
+        #: whether there will be no more of them
+        self.is_closed = False
         self._progress = trio.Event()
         self._some = trio.Event()
 
@@ -195,7 +197,7 @@ class PartialClusters:
 
         While writes come, copying would only hold them up, and many of the clusters are about to be filled.
         """
-        while not self.clusters:
+        while not self.clusters and not self.is_closed:
             self._some = trio.Event()
             await self._some.wait()
         seen = -1
@@ -204,6 +206,11 @@ class PartialClusters:
             await trio.sleep(QUIET)
         while self.clusters and seen == self._writes:
             await self._complete(list(islice(self.clusters.items(), BATCH)))
+
+    def close(self) -> None:
+        """Nobody writes to the layer any more; all clusters are complete."""
+        self.is_closed = True
+        self._some.set()
 
     async def _complete(self, wanted: list[tuple[int, Partial]]) -> None:
         failure: CowfsError | None = None

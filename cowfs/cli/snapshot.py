@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import click
 import trio
@@ -18,7 +19,12 @@ from cowfs.formats.chain import Opening, open_image
 
 @click.command()
 @click.option("-l", "--list", "show", is_flag=True, help="List the snapshots; so does no option at all.")
-@click.option("-c", "--create", metavar="NAME", help="Keep the disk as it is now.")
+@click.option(
+    "-c",
+    "--create",
+    metavar="NAME",
+    help="Keep the disk as it is now; in a mount, NAME is the file that goes on from there.",
+)
 @click.option("-a", "--apply", metavar="NAME", help="Make the disk what it was; an id counts before a name.")
 @click.option("-d", "--delete", metavar="NAME", help="Forget a snapshot.")
 @format_option
@@ -41,16 +47,30 @@ def command(
     before or as after. Applying a snapshot forgets what the disk holds, and brings back the size it had. A
     snapshot can be mounted, to be read: see the mount option snapshot=NAME.
 
+    Given the flat file of a mount, -c NAME makes a snapshot outside: NAME is a new qcow2 image, beside the active
+    one unless it has a slash in it, which becomes the active layer. What was active before stays as it is.
+
     \b
     Examples:
       cowfs snapshot -c before-upgrade vm1.qcow2
+      cowfs snapshot -c vm1-monday.qcow2 /mnt/disks/vm1
       cowfs snapshot -l vm1.qcow2
       cowfs snapshot -a before-upgrade vm1.qcow2
     """
     if show + sum(name is not None for name in (create, apply, delete)) > 1:
         raise click.UsageError("Cannot mix '-l', '-a', '-c', '-d'", click.get_current_context())
-    if find_live(file) is not None:
-        raise UsageError("is in use by a mount; snapshots inside an image need its file to themselves", file=file)
+    live = find_live(file)
+    if live is not None:
+        if create is None or format is not None:
+            raise UsageError(
+                "is in use by a mount, where 'snapshot -c FILE' puts a new overlay on top;"
+                " snapshots inside an image need its file to themselves",
+                file=file,
+            )
+        # the server has a working directory of its own
+        path = str(Path(create).absolute()) if "/" in create else create
+        live.command("snapshot", f"create {path}")
+        return
     if create is not None:
         now = divmod(time.time_ns(), 1_000_000_000)
         trio.run(_change, file, format, lambda image: image.create_snapshot(create, now))

@@ -13,6 +13,7 @@ import trio
 from cowfs.block.disk import Disk
 from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
 from cowfs.formats.chain import Opening, open_disk, remember_base
+from cowfs.formats.overlay import put_overlay
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
@@ -54,9 +55,10 @@ def check_name(name: str, taken: frozenset[str] = RESERVED) -> None:
 class Served:
     """One image of the mount: its disk, its jobs, and what went wrong last."""
 
-    def __init__(self, name: str, disk: Disk) -> None:
+    def __init__(self, name: str, disk: Disk, opening: Opening) -> None:
         self.name = name
         self.disk = disk
+        self._opening = opening
         self.jobs: JobControl
         #: why the last command, read or write that failed did so
         self.error = ""
@@ -112,6 +114,12 @@ class Served:
                 raise Busy(f"a {job.verb} job is {job.state.value}; the disk cannot shrink meanwhile", file=self.file)
             await self.disk.shrink(size)
 
+    async def put_overlay(self, file: str, format: str) -> None:
+        """Make a new image the active layer; see `cowfs.formats.overlay.put_overlay`."""
+        with self.jobs.kept_out("a snapshot is being made"):
+            await put_overlay(self.disk, file, format, self._opening)
+        self.changes.happened()
+
     async def run(
         self, neighbours: Callable[[], list[Neighbour]], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -143,6 +151,7 @@ class Mount:
         self.mount_point = mount_point
         self.settings = settings
         self.images: dict[str, Served] = {}
+        self._opening = Opening(settings.cache_size, self._refuse_inside, settings.locking, settings.accept_base)
         self.error = ""
         self.changes = Changes()
         #: st_dev of the mount, once there is one
@@ -202,7 +211,7 @@ class Mount:
         for layer in disk.layers:
             if layer.image.dirty and layer.storage.read_only:
                 log.warning("%s: was not closed cleanly, and is not repaired while it is open read-only", layer.name)
-        served = Served(name, disk)
+        served = Served(name, disk, self._opening)
         served.truncate = lambda size: self.truncate(served, size)
         return served
 
@@ -214,9 +223,7 @@ class Mount:
                 writable=writable,
                 copy_on_read=self.settings.copy_on_read,
                 flush_interval=self.settings.flush_interval,
-                opening=Opening(
-                    self.settings.cache_size, self._refuse_inside, self.settings.locking, self.settings.accept_base
-                ),
+                opening=self._opening,
                 snapshot=self.settings.snapshot,
             )
         except Busy as error:

@@ -1,6 +1,7 @@
 """The jobs of one disk, as commands start and steer them: ``start speed=1M``, ``pause``, ``speed=0``, …"""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class JobControl:
         self._nursery = nursery
         self._neighbours = neighbours
         self.jobs: dict[str, Job] = {}
+        self._kept_out: str | None = None
         #: changes of state, for each kind of job
         self.changes = {verb: Changes() for verb in KINDS}
         #: called at every change of any job's state
@@ -74,6 +76,23 @@ class JobControl:
     def active(self) -> Job | None:
         """The job that goes on, or is about to."""
         return next((job for job in self.jobs.values() if job.state.is_active or job.state is State.NONE), None)
+
+    @contextmanager
+    def kept_out(self, reason: str) -> Iterator[None]:
+        """No job starts while the context lasts; `Busy` if one is active, or if this is under way already."""
+        self._require_none()
+        self._kept_out = reason
+        try:
+            yield
+        finally:
+            self._kept_out = None
+
+    def _require_none(self) -> None:
+        active = self.active
+        if active is not None:
+            raise Busy(f"a {active.verb} job is {active.state.value}; wait for it, or cancel it")
+        if self._kept_out is not None:
+            raise Busy(self._kept_out)
 
     async def command(self, verb: str, text: str) -> None:
         """Obey one command for the ``stream`` or ``commit`` job.
@@ -104,9 +123,7 @@ class JobControl:
 
     async def _start(self, verb: str, words: Sequence[str]) -> None:
         speed, on_error = _parse_keys(verb, words)
-        active = self.active
-        if active is not None:
-            raise Busy(f"a {active.verb} job is {active.state.value}; wait for it, or cancel it")
+        self._require_none()
         self._disk.layers[0].require_writable()
         if verb == "commit":
             self._check_base()

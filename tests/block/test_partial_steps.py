@@ -255,3 +255,31 @@ async def test_a_commit_takes_partial_clusters_along(format: str) -> None:
         await job.run()
         assert job.state is State.COMPLETED, job.error
         assert s.base.content == s.model
+
+
+async def test_who_waits_while_an_overlay_is_put_on_top_finds_its_clusters(format: str) -> None:
+    """Two writes to one cluster of the new layer, which were two clusters before, must not overtake each other."""
+    async with setup(format) as s:
+        s.write(FIRST, 4096)
+        below = bytes(s.model)
+        top = MemoryStorage("new")
+        await qcow2.create(top, SIZE, Backing("top", format), {"cluster_size": str(4 * CLUSTER)})
+        layer = Layer(await qcow2.open_image(top))
+        old = s.disk.layers[0]
+        async with trio.open_nursery() as nursery, s.disk.lock.hold(0, CLUSTER):
+            nursery.start_soon(s.disk.push, layer)
+            await wait_all_tasks_blocked()
+            for number in range(4, 8):
+                data = bytes([number]) * CLUSTER
+                s.model[number * CLUSTER : (number + 1) * CLUSTER] = data
+                nursery.start_soon(s.disk.write, number * CLUSTER, data)
+            await wait_all_tasks_blocked()
+        assert s.disk.layers[:2] == (layer, old)
+        assert await s.disk.read(0, SIZE, 1) == below
+        assert await s.disk.read(0, SIZE) == s.model
+        s.write(8 * CLUSTER, 512)
+        await s.disk.flush()
+        assert await s.disk.read(0, SIZE) == s.model
+        # what the end of the test looks at
+        s.top, s.format = top, "qcow2"
+        s.base = MemoryStorage("base", bytes(await s.disk.read(0, SIZE, 1)), read_only=True)

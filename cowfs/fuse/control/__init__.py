@@ -9,6 +9,7 @@ from cowfs.fuse.control import (
     mount_control,
     mount_status,
     resize,
+    snapshot,
     stats,
     status,
     status_json,
@@ -36,6 +37,7 @@ IMAGE_FILES: dict[str, ControlFile[Served]] = {
         resize.FILE,
         stream.FILE,
         commit.FILE,
+        snapshot.FILE,
         error.FILE,
     )
 }

@@ -1,0 +1,53 @@
+"""What goes on behind a disk's back while it is in use: clusters are completed, and flushes come without being asked.
+
+Errors end nothing here: what could not be done stays to be done, and a guest's own fsync reports it.
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from cowfs.block.partial import PartialClusters
+from cowfs.errors import CowfsError
+
+if TYPE_CHECKING:
+    from cowfs.block.disk import Disk
+
+log = logging.getLogger(__name__)
+
+
+async def complete_clusters(partial: PartialClusters, patience: float) -> None:
+    """Complete partial clusters whenever the guest is quiet, until there can be no more of them.
+
+    After an error, ``patience`` seconds pass before the next attempt.
+    """
+    while not partial.is_closed:
+        try:
+            await partial.complete_in_background()
+        except Exception as error:
+            if isinstance(error, CowfsError):
+                log.error("copy-on-write: %s", error)
+            else:
+                log.exception("copy-on-write: internal error")
+            await trio.sleep(patience)
+
+
+async def flush_periodically(disk: "Disk", interval: float) -> None:
+    """Bound what a crash can lose; once nothing changes any more, take marks of use off the image."""
+    settled = True
+    while True:
+        await trio.sleep(interval)
+        try:
+            if disk.changed:
+                disk.changed = settled = False
+                await disk.layers[0].flush()
+            elif not settled:
+                await disk.settle()
+                settled = True
+        except Exception as error:
+            disk.changed = True
+            if isinstance(error, CowfsError):
+                log.error("periodic flush: %s", error)
+            else:
+                log.exception("periodic flush: internal error")

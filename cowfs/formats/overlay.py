@@ -1,0 +1,52 @@
+"""Putting a new overlay on top of a disk that is in use: an external snapshot."""
+
+import os.path
+
+import trio
+
+from cowfs.block.disk import Disk
+from cowfs.block.image import Backing
+from cowfs.block.layer import Layer
+from cowfs.errors import UsageError
+from cowfs.formats.chain import Opening, open_image
+from cowfs.formats.create import create_image, remove_image
+from cowfs.formats.registry import format_named
+
+
+async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> None:
+    """Make an image and let it be the active layer; what was it before is durable, and only read from now on.
+
+    A relative ``file`` lies beside the active layer. It must not exist: `UsageError`. Raises what creating and
+    opening it raises too; then the disk is as it was, and the file is gone.
+    """
+    active = disk.layers[0]
+    path = os.path.join(os.path.dirname(active.name), file)  # noqa: PTH118, PTH120
+    if not format_named(format).has_backing:
+        raise UsageError(f"{format} images cannot have a backing file", file=path)
+    if await trio.to_thread.run_sync(os.path.lexists, path):
+        raise UsageError("exists already", file=path)
+    if opening.vet is not None:
+        await opening.vet(path)
+    active.require_writable()
+    backing = Backing(_name_for(active.name, path), active.format)
+    # what the layers below are is known; nobody could open the active one now
+    await create_image(path, format, disk.size, backing, trust_backing=True)
+    try:
+        image = await open_image(path, format, writable=True, opening=opening)
+        try:
+            await disk.push(Layer(image))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await image.close_storages()
+            raise
+    except BaseException:
+        remove_image(path, {})
+        raise
+
+
+def _name_for(name: str, above: str) -> str:
+    """Return how an image calls its backing file: by its mere name in the same directory, absolutely elsewhere."""
+    folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100
+    if os.path.realpath(folder) == os.path.realpath(os.path.dirname(above)):  # noqa: PTH120
+        return base
+    return os.path.join(folder, base)  # noqa: PTH118
