@@ -413,7 +413,11 @@ class Qcow2Image(TwoLevelImage):
             raise Unsupported(f"with clusters of {self.cluster_size} bytes a disk cannot grow to {size} bytes")
         clusters = -(-wanted * 8 >> self.cluster_bits)
         first = await self.refcounts.allocate_adjacent(clusters)
-        await self.flush()
+        try:
+            await self.flush()
+        except BaseException:
+            self._drop_area(first << self.cluster_bits, clusters << self.cluster_bits)
+            raise
         old = self.l1
         entries = array("Q", old.entries)
         entries.frombytes(bytes((clusters << self.cluster_bits) - old.size))
@@ -421,8 +425,9 @@ class Qcow2Image(TwoLevelImage):
         self.l1 = self.tables.keep(Table(first << self.cluster_bits, entries, Level.LINK, fresh=True))
         self._set_field(36, 4, len(entries))
         self._set_field(40, 8, self.l1.offset)
-        await self.flush()
+        # let go of by the flush that switches over, this one or, if it fails, a later one
         self._drop_area(old.offset, old.size)
+        await self.flush()
 
     async def record_size(self, size: int) -> None:
         """One field of the header, in memory as before if that fails."""
