@@ -128,6 +128,8 @@ class Scene:
         self.repairs = False
         #: internal snapshots: moment at which a change began, moment at which it was durable, content by name
         self.snapshots: list[tuple[int, int, dict[str, bytes]]] = []
+        #: name of the backing file and stamp: moments as before, and both
+        self.headers: list[tuple[int, int, str, bytes | None]] = []
         self.add("base", self._made_up(self.variant.below), read_only=True)
         self.below = bytes(self.storages["base"].content).ljust(self.variant.size, b"\0")
         self.guest = Guest(self.below)
@@ -282,6 +284,8 @@ class Scene:
         disk = Disk(layers)
         content = await disk.read(0, disk.size)
         self.guest.verify(moment, content)
+        if self.headers:
+            self._verify_header(moment, layers[0].image)
         if self.snapshots:
             await self._verify_snapshots(moment, files["top"])
         return bytes(content)
@@ -297,6 +301,14 @@ class Scene:
         last = max(index for index, (_, done, _) in enumerate(self.snapshots) if done <= moment)
         possible = [kept for begun, _, kept in self.snapshots[last:] if begun <= moment]
         assert found in possible, f"snapshots {sorted(found)} at moment {moment}"
+
+    def _verify_header(self, moment: int, image: Image) -> None:
+        """A stamp speaks of the name for which it was made, so they may change one after the other."""
+        last = max(index for index, (_, done, _, _) in enumerate(self.headers) if done <= moment)
+        possible = [(name, stamp) for begun, _, name, stamp in self.headers[last:] if begun <= moment]
+        assert image.backing is not None
+        assert image.backing.name in [name for name, _ in possible]
+        assert image.stamp in [stamp for _, stamp in possible]
 
     async def repaired(self, files: Files) -> Files:
         """What ``check -r all`` makes of the overlay, which must leave nothing wrong."""

@@ -173,15 +173,28 @@ async def rebase(scene: Scene) -> None:
 
 
 async def relabel(scene: Scene) -> None:
-    """Names of other lengths for the same backing file, while guests write."""
+    """Names of other lengths for the same backing file, and stamps of it, while guests write."""
     names = ["b", "base" * 20, "c" * 200, "d" * 30]
     scene.aliases = dict.fromkeys(names, "base")
     await scene.create()
     scene.begin()
+    states = scene.headers = [(0, 0, "base", None)]
     async with scene.session():
-        for _ in range(8):
+        image = scene.disk.layers[0].image
+        for _ in range(10):
             await scene.work(3)
-            await scene.disk.layers[0].set_backing(Backing(scene.chooser.choice(names), "raw"))
+            begun, (_, _, name, stamp) = len(scene.journal), states[-1]
+            if scene.chooser.random() < 0.5:
+                name, stamp = scene.chooser.choice(names), None
+                states.append((begun, 1 << 60, name, stamp))
+                await scene.disk.layers[0].set_backing(Backing(name, "raw"))
+            else:
+                stamp = scene.chooser.choice([None, scene.chooser.randbytes(73)])
+                states.append((begun, 1 << 60, name, stamp))
+                await scene.disk.layers[0].begin()
+                if not await image.set_stamp(stamp):
+                    states[-1] = (begun, 1 << 60, name, image.stamp)
+            states[-1] = (begun, len(scene.journal), *states[-1][2:])
         await scene.work(3)
 
 

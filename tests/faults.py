@@ -80,6 +80,10 @@ class FaultyStorage(MemoryStorage):
             raise
         await super().flush()
 
+    def take_space(self, offset: int, length: int) -> None:
+        self._strike("take space")
+        super().take_space(offset, length)
+
     async def truncate(self, length: int) -> None:
         self._strike("truncate")
         await super().truncate(length)

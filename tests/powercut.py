@@ -76,6 +76,12 @@ class RecordingStorage(MemoryStorage):
         await super().truncate(length)
         self._record(length)
 
+    def take_space(self, offset: int, length: int) -> None:
+        before = len(self.content)
+        super().take_space(offset, length)
+        if len(self.content) > before:
+            self._record(len(self.content))
+
     async def punch(self, offset: int, length: int) -> None:
         await super().punch(offset, length)
         end = min(offset + length, len(self.content))

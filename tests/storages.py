@@ -31,8 +31,8 @@ class MemoryStorage(Storage):
     """Bytes in memory. ``cold`` declines the ``…_now`` operations, as a network does.
 
     ``gates`` maps an operation's name (read, write, flush) to a gate that it has to pass; ``log`` has every
-    operation in order, with offset and length where it has them. ``failures`` lists, for an operation's name,
-    what its next calls raise; None lets one succeed.
+    operation that writes or waits in order, with offset and length where it has them. ``failures`` lists, for an
+    operation's name, what its next calls raise; None lets one succeed.
     """
 
     def __init__(self, name: str, content: bytes = b"", *, cold: bool = False, read_only: bool = False) -> None:
@@ -91,6 +91,9 @@ class MemoryStorage(Storage):
 
     async def preallocate(self, length: int, *, full: bool) -> None:
         await self.truncate(max(length, len(self.content)))
+
+    def take_space(self, offset: int, length: int) -> None:
+        self.content.extend(bytes(max(0, offset + length - len(self.content))))
 
     async def regions(self, offset: int, length: int) -> list[Region]:
         return [Region(offset, length, hole=False)]
