@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import trio
-from powercut import SECTOR, Journal, RecordingStorage, Remains
+from powercut import SECTOR, Flushed, Journal, RecordingStorage, Remains
 from storages import MemoryStorage
 
 from cowfs.block.check import Repair
@@ -255,23 +255,33 @@ class Scene:
     # -- what must be there when the power goes
 
     def cuts(self, moments: int, losses: int) -> Iterator[tuple[str, int, Files]]:
-        """(name, moment, files) for so many moments; for each all was made, or ``losses`` times some of it."""
+        """(name, moment, files) for all turning points and so many other moments.
+
+        For each all was made, or ``losses`` times some of what no flush covers.
+        """
         count = len(self.journal)
-        wanted = {0, count, *self.chooser.sample(range(count + 1), min(moments, count + 1))}
+        wanted = {0, count, *self._turning_points(), *self.chooser.sample(range(count + 1), min(moments, count + 1))}
         left = {name: Remains(storage.start) for name, storage in self.storages.items()}
         for moment in range(count + 1):
             if moment in wanted:
                 yield f"{moment}.0", moment, {name: remains.with_all() for name, remains in left.items()}
                 for loss in range(1, losses + 1):
                     losing = random.Random(f"{moment} {loss} {self.variant}")
-                    yield (
-                        f"{moment}.{loss}",
-                        moment,
-                        {name: remains.with_some(losing) for name, remains in left.items()},
-                    )
+                    files = {name: remains.with_some(losing) for name, remains in left.items()}
+                    yield f"{moment}.{loss}", moment, files
             if moment < count:
                 name, step = self.journal[moment]
                 left[name].add(step)
+
+    def _turning_points(self) -> set[int]:
+        """Moments before and after each write of a header's first sector, and after each flush of the base."""
+        found: set[int] = set()
+        for moment, (name, step) in enumerate(self.journal):
+            if isinstance(step, tuple) and step[0] < SECTOR:
+                found |= {moment, moment + 1}
+            elif isinstance(step, Flushed) and name == "base":
+                found.add(moment + 1)
+        return found
 
     async def verify(self, moment: int, files: Files) -> bytes:
         """Look at the chain as it was left; returns the disk's content."""

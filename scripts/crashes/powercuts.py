@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from crashkinds import KINDS, PAIRS, Outcome, try_states
 
-#: moments of one run that are tried, and states at each besides the one with nothing lost
+#: moments of one run that are tried besides its turning points, and states at each besides the one with nothing lost
 MOMENTS, LOSSES = 40, 3
 Run = tuple[str, str, int]
 
