@@ -131,7 +131,12 @@ class Scene:
         #: name of the backing file and stamp: moments as before, and both
         self.headers: list[tuple[int, int, str, bytes | None]] = []
         self.add("base", self._made_up(self.variant.below), read_only=True)
-        self.below = bytes(self.storages["base"].content).ljust(self.variant.size, b"\0")
+        self.resized(self.variant.size)
+
+    def resized(self, size: int) -> None:
+        """The disk is going to be made with another size; to be called before `create`."""
+        self.variant = self.variant._replace(size=size)
+        self.below = bytes(self.storages["base"].content).ljust(size, b"\0")
         self.guest = Guest(self.below)
 
     def _made_up(self, length: int) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import trio
-from crashing import VARIANTS, Files, Guest, Scene, open_one
+from crashing import VARIANTS, Files, Guest, K, Scene, open_one
 from qcow2damage import Anatomy, damage_counts, wreck_refcounts
 from storages import MemoryStorage
 from trio._core import _run
@@ -44,6 +44,23 @@ async def guest(scene: Scene) -> None:
     for _ in range(2):
         async with scene.session():
             await scene.work(25, "zero", "drop", "settle")
+
+
+async def outgrow(scene: Scene) -> None:
+    """A file that becomes too large for its refcount table."""
+    size = 2500 * K
+    scene.resized(size)
+    await scene.create()
+    async with scene.session(copy_on_read=False):
+        scene.guest.note(0, data := scene.chooser.randbytes(1900 * K))
+        await scene.disk.write(0, data)
+    scene.begin()
+    table = scene.storages["top"].content[48:56]
+    async with scene.session(copy_on_read=False):
+        for offset in range(1900 * K, size - 40 * K, 12 * K):
+            await scene.write(offset)
+            await scene.work(1)
+    assert scene.storages["top"].content[48:56] != table
 
 
 async def stream(scene: Scene) -> None:
@@ -255,6 +272,7 @@ _QCOW2 = [name for name in VARIANTS if name.startswith("qcow2")]
 _COUNTING = [name for name in _QCOW2 if name != "qcow2-1bit"]
 KINDS: dict[str, tuple[Callable[[Scene], Awaitable[None]], list[str]]] = {
     "guest": (guest, list(VARIANTS)),
+    "outgrow": (outgrow, ["qcow2-512"]),
     "stream": (stream, list(VARIANTS)),
     "commit": (commit, list(VARIANTS)),
     "snapshots": (snapshots, _COUNTING),

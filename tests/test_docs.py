@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+from crashkinds import KINDS
 
 from cowfs import __version__
 from cowfs.cli.main import COMMANDS, group
@@ -112,3 +113,19 @@ def test_the_readme_names_files_that_exist() -> None:
     assert named
     for name in named:
         assert (_ROOT / name).exists(), name
+
+
+def test_every_crash_point_names_what_tries_it() -> None:
+    """A kind of power cut or a test; and no kind is left out."""
+    text = (_ROOT / "docs" / "durability.rst").read_text()
+    section = text[text.index("\nCrash points\n") : text.index("\nFree space in qcow2 images\n")]
+    rows = [row.split("\n\n")[0] for row in section.split("   * - ")[1:]]
+    found: set[str] = set()
+    for row in rows:
+        cells = row.split("\n     - ")
+        assert len(cells) == 4, row
+        kinds = set(re.findall(r"``([a-z]+)``", cells[3]))
+        assert kinds <= set(KINDS), row
+        assert kinds or "``tests/" in cells[3] or cells[3].strip() in ("the same", "Tried by"), row
+        found |= kinds
+    assert found == set(KINDS)

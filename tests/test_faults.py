@@ -8,9 +8,11 @@ given back.
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from errno import EIO, ENOSPC
+from pathlib import Path
 
 import pytest
 import trio
+from commandline import ok, qemu_img
 from crashing import DRIVERS, Guest, K, assert_sound
 from faults import FaultyStorage, Trouble
 from storages import MemoryStorage
@@ -311,9 +313,12 @@ def troubles(nth: int) -> Iterator[Trouble]:
     yield Trouble(nth, ENOSPC, short=True)
 
 
+@pytest.mark.needs("qemu-img")
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 @pytest.mark.parametrize(("work", "format"), CASES)
-async def test_every_operation_fails(work: str, format: str, cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_operation_fails(
+    work: str, format: str, cold: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(stream_job, "STEP", 256 * K)
     monkeypatch.setattr(commit_job, "STEP", 16 * K)
     monkeypatch.setattr(commit_job, "BATCH", 32 * K)
@@ -326,6 +331,9 @@ async def test_every_operation_fails(work: str, format: str, cold: bool, monkeyp
             await scene.assert_true()
             if not trouble.struck:
                 assert struck > 15
+                (tmp_path / "base").touch()
+                (tmp_path / "top").write_bytes(scene.top.content)
+                ok(qemu_img("check", "-q", "-f", format, tmp_path / "top"))
                 return
             struck += 1
             # a part of a write is all that makes the second kind of trouble another

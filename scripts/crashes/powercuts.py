@@ -21,6 +21,8 @@ from crashkinds import KINDS, PAIRS, Outcome, try_states
 
 #: moments of one run that are tried besides its turning points, and states at each besides the one with nothing lost
 MOMENTS, LOSSES = 40, 3
+#: so many states that are wrong are enough to look at
+MAX_FAILURES = 100
 Run = tuple[str, str, int]
 
 
@@ -69,6 +71,11 @@ class Record:
         """All states that were tried."""
         return sum(entry["states"] for entry in self.done.values())
 
+    @property
+    def failures(self) -> int:
+        """All states, and runs, that were wrong."""
+        return sum(len(entry["failures"]) for entry in self.done.values())
+
     def add(self, run: Run, outcome: Outcome) -> None:
         """A run is done; what is on disk is always whole."""
         self.done[name_of(run)] = {
@@ -102,7 +109,7 @@ def try_many(record: Record, todo: Iterator[Run], wanted: int, jobs: int, qemu: 
     """Try runs side by side until so many states are done."""
     waiting = (run for run in todo if name_of(run) not in record.done)
     with ProcessPoolExecutor(jobs) as pool:
-        while record.states < wanted:
+        while record.states < wanted and record.failures < MAX_FAILURES:
             batch = {pool.submit(attempt, run, qemu): run for run in islice(waiting, 4 * jobs)}
             for future in as_completed(batch):
                 outcome = future.result()
@@ -132,7 +139,7 @@ def main() -> None:
         print(f"broken off; the same command goes on with {options.state}")
     record.print_table()
     print(f"{record.states - before} states in {time.monotonic() - start:.0f} seconds")
-    raise SystemExit(any(entry["failures"] for entry in record.done.values()))
+    raise SystemExit(bool(record.failures))
 
 
 if __name__ == "__main__":
