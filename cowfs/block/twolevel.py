@@ -18,7 +18,7 @@ from cowfs.block.extent import NO_OFFSET, Extent, Kind, continues, merge
 from cowfs.block.image import Image, Reservation, Run
 from cowfs.block.metacache import MetadataCache, Table
 from cowfs.block.quiescence import Mark, Readers
-from cowfs.errors import CowfsError, Unsupported
+from cowfs.errors import CorruptImage, CowfsError, Unsupported
 
 #: references that were given up in memory and wait for a flush
 MAX_DROPPED = 1 << 16
@@ -117,7 +117,10 @@ class TwoLevelImage(Image):
 
     @abstractmethod
     async def free_entry(self, entry: int) -> None:
-        """Drop one reference to what an L2 entry pointed to; nothing on disk refers to it any more."""
+        """Drop one reference to what an L2 entry pointed to; nothing on disk refers to it any more.
+
+        Unless `CorruptImage` is raised, a failure has changed nothing.
+        """
 
     @abstractmethod
     async def free_table(self, host_offset: int) -> None:
@@ -438,13 +441,23 @@ class TwoLevelImage(Image):
 
     async def _free_ready(self) -> None:
         waiting = [item for item in self._freeing if not item[1].passed]
-        ready = [reference for reference, mark in self._freeing if mark.passed]
+        ready = [item for item in self._freeing if item[1].passed]
         self._freeing = waiting
-        while ready:
-            await self.tables.relieve()
-            reference = ready.pop()
-            if reference.is_table:
-                await self.free_table(reference.value)
-            else:
-                await self.free_entry(reference.value)
+        try:
+            while ready:
+                await self.tables.relieve()
+                await self._free(ready[-1][0])
+                ready.pop()
+        except CorruptImage:
+            # that would fail for ever
+            ready.pop()
+            raise
+        finally:
+            self._freeing += ready
         await self.reclaim()
+
+    async def _free(self, reference: _Dropped) -> None:
+        if reference.is_table:
+            await self.free_table(reference.value)
+        else:
+            await self.free_entry(reference.value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from errno import EIO, ENOSPC
 from pathlib import Path
 
+import faults
 import pytest
 import trio
 from commandline import ok, qemu_img
@@ -33,21 +34,18 @@ TABLES = 7
 _scope: ContextVar[trio.CancelScope] = ContextVar("_scope")
 
 
-class Trouble:
-    """Strikes once, at one storage operation out of all: with an error, or by cancelling whoever makes it."""
+class Trouble(faults.Trouble):
+    """With no error, it cancels whoever makes the operation."""
 
     def __init__(self, at: int, error: int | None) -> None:
-        self.left = at
-        self.error = error
-        self.struck = False
+        super().__init__(at, error or EIO)
+        self._cancels = error is None
 
-    def strike(self, operation: str) -> None:
-        self.left -= 1
-        if self.left == -1:
-            self.struck = True
-            if self.error is not None:
-                raise StorageError(f"cannot {operation}", errno=self.error)
+    def hit(self, operation: str) -> None:
+        if self._cancels:
             _scope.get().cancel()
+        else:
+            super().hit(operation)
 
 
 class Troubled(MemoryStorage):

@@ -281,7 +281,11 @@ class Qcow2Image(TwoLevelImage):
             self._unpacked.pop(host, None)
             host, length = compressed.locate(host, self.cluster_bits)
             self._packed.forget(host, length)
-        for cluster in range(host >> self.cluster_bits, host + length - 1 + self.cluster_size >> self.cluster_bits):
+        clusters = range(host >> self.cluster_bits, host + length - 1 + self.cluster_size >> self.cluster_bits)
+        for cluster in clusters[1:]:
+            # so that all lose their reference, or none
+            await self.refcounts.fetch(cluster)
+        for cluster in clusters:
             await self.refcounts.release(cluster)
 
     async def free_table(self, host_offset: int) -> None:

@@ -183,7 +183,12 @@ class Refcounts:
         returned, self._returned = sorted(self._returned), []
         self._freed = self._freed or bool(returned)
         for start, count in _runs(np.array(returned, np.int64)):
-            await self._storage.punch(start << self._cluster_bits, count << self._cluster_bits)
+            try:
+                await self._storage.punch(start << self._cluster_bits, count << self._cluster_bits)
+            except BaseException:
+                # these stay out of use until the image is opened again; the others are tried by the next flush
+                self._returned += [cluster for cluster in returned if cluster >= start + count]
+                raise
             self._held.difference_update(range(start, start + count))
             if len(self._free) < MAX_RUNS:
                 self._free.add(start, count)
