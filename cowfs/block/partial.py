@@ -285,17 +285,20 @@ def _moves(gaps: list[tuple[int, int]], sources: list[Source], start: int, clust
     """Moves that fill the gaps of the cluster at guest offset ``start``; without zeros where zeros are already."""
     to_host = cluster.host_offset - start
     moves = []
+    left = iter(gaps)
+    gap = next(left, None)
     for source in sources:
-        for first, last in gaps:
-            first, last = max(first, source.offset), min(last, source.end)
-            if first >= last:
-                continue
+        while gap is not None and gap[0] < source.end:
+            first, last = max(gap[0], source.offset), min(gap[1], source.end)
             if source.storage is not None:
                 place = source.host_offset + first - source.offset
                 moves.append(Move(source.storage, place, first + to_host, last - first))
             elif not cluster.reads_zero:
                 moves.append(Move(None, 0, first + to_host, last - first))
-            elif last == source.end == sources[-1].end:
+            elif last == sources[-1].end:
                 # the file must not end inside of a cluster
                 moves.append(Move(None, 0, last - SECTOR + to_host, SECTOR))
+            if gap[1] > source.end:
+                break
+            gap = next(left, None)
     return moves

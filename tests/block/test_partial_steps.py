@@ -14,6 +14,8 @@ from cowfs.block.disk import Disk
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
+from cowfs.block.partial import Below, PartialClusters, Source
+from cowfs.block.quiescence import Readers
 from cowfs.errors import StorageError
 from cowfs.formats import qcow2, qed
 from cowfs.formats.raw import RawImage
@@ -144,6 +146,53 @@ async def test_zeros_are_written_where_a_cluster_was_used_before(format: str) ->
         s.top.content[place : place + CLUSTER] = b"old " * (CLUSTER // 4)
         s.write(2 * CLUSTER + 512, 512)
         assert (s.disk.layers[0].map_now(2 * CLUSTER + 512, 512) or [])[0].host_offset == place + 512
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+async def test_many_gaps_over_many_sources_cost_no_more_than_their_sum(format: str, used: bool) -> None:
+    cluster, step = 256 << 10, 3 * 512
+    looks = 0
+
+    class Counted(Source):
+        __slots__ = ()
+
+        @property
+        def end(self) -> int:
+            nonlocal looks
+            looks += 1
+            return super().end
+
+    async def not_asked(offset: int, length: int) -> bytearray:
+        raise AssertionError("the sources are known")
+
+    base = MemoryStorage("base", bytes(i // 512 % 251 + 1 for i in range(0, cluster, 512) for _ in range(512)))
+    content = bytearray(base.content)
+    sources: list[Source] = []
+    for number, offset in enumerate(range(0, cluster, step)):
+        length = min(step, cluster - offset)
+        sources.append(Counted(offset, length, None if number % 3 else base, offset))
+        if number % 3:
+            content[offset : offset + length] = bytes(length)
+    top = MemoryStorage("top")
+    await DRIVERS[format].create(top, cluster * 2, None, {"cluster_size": str(cluster)})
+    image = await DRIVERS[format].open_image(top)
+    layer = Layer(image)
+    await layer.write_clusters(cluster, [b"x" * cluster])
+    if used:
+        reservation = await image.reserve(0, cluster)
+        await top.write(reservation.runs[0].host_offset, [b"x" * cluster])
+        image.release(reservation)
+        await image.flush()
+    below = Below(lambda offset, length: sources, not_asked)
+    layer.partial = found = PartialClusters(image, below, Readers())
+    for offset in range(512, cluster, 1024):
+        assert found.write_now(offset, b"y" * 512)
+        content[offset : offset + 512] = b"y" * 512
+    await found.complete(0, cluster)
+    extents = await layer.map(0, cluster)
+    assert len(extents) == 1
+    assert await top.read_bytes(extents[0].host_offset, cluster) == content
+    assert looks < 6 * (len(sources) + cluster // 1024)
 
 
 async def test_a_write_into_a_gap_waits_for_the_copy_and_one_elsewhere_does_not(format: str) -> None:
