@@ -165,6 +165,8 @@ class Disk(Chain):
                 if self._write_partial_now(offset, data, await top.map(offset, length)):
                     return
             self._about_to_write(offset, length)
+            if top.partial is not None:
+                top.partial.fill_now(offset, memoryview(data))
             await self.write_layer(0, offset, memoryview(data))
         self._count_write(length)
 

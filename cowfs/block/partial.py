@@ -146,6 +146,16 @@ class PartialClusters:
         cluster.mask |= (1 << (length // SECTOR)) - 1 << within // SECTOR
         return True
 
+    def fill_now(self, offset: int, data: memoryview) -> None:
+        """Enter a write that goes on over several clusters into those of them that are partial and that it covers.
+
+        Completing them then needs nothing from below. Where that takes more than this, they stay as they are.
+        """
+        for number in self.within(offset, offset + len(data)):
+            start = number << self._bits
+            if offset <= start and start + self._size <= offset + len(data):
+                self.write_now(start, data[start - offset :][: self._size])
+
     def _begin(self, number: int, length: int) -> Partial | None:
         image = self._image
         if length == self._size or len(self.clusters) >= self._most or (number + 1) << self._bits > image.size:

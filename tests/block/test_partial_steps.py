@@ -240,6 +240,17 @@ async def test_a_base_that_fails_costs_no_write_that_does_not_need_it(format: st
         assert await s.disk.read(FIRST, 4096) == s.model[FIRST : FIRST + 4096]
 
 
+async def test_a_write_over_several_clusters_needs_no_base_where_it_covers_them(format: str) -> None:
+    async with setup(format) as s:
+        s.write(FIRST + 4096, 4096)
+        s.base.failures["read"] = [StorageError("broken", errno=errno.EIO)] * 9
+        await s.disk.write(FIRST, b"new" * CLUSTER)
+        s.model[FIRST : FIRST + 3 * CLUSTER] = b"new" * CLUSTER
+        await s.disk.flush()
+        assert s.partial == []
+        s.base.failures.clear()
+
+
 async def test_a_full_host_refuses_the_write_and_takes_nothing(format: str) -> None:
     async with setup(format) as s:
         s.top.failures["write"] = [StorageError("no space left", errno=errno.ENOSPC, file="top")]
