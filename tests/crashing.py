@@ -124,6 +124,8 @@ class Scene:
         self.storages: dict[str, RecordingStorage] = {}
         #: other names of files
         self.aliases: dict[str, str] = {}
+        #: active layers: moment since which it is the one, name
+        self.tops = [(0, "top")]
         #: whether the image is repaired before it is looked at
         self.repairs = False
         #: internal snapshots: moment at which a change began, moment at which it was durable, content by name
@@ -166,7 +168,7 @@ class Scene:
     @asynccontextmanager
     async def session(self, *, copy_on_read: bool = True) -> AsyncIterator[None]:
         """Have the disk open, and close it, which acknowledges everything."""
-        layers = await self._open(dict(self.storages), "top", self.variant.format)
+        layers = await self._open(dict(self.storages), self.top_at(len(self.journal)), self.variant.format)
         self.disk = Disk(layers, copy_on_read=copy_on_read, flush_interval=1e9)
         async with trio.open_nursery() as nursery:
             await nursery.start(self.disk.run)
@@ -175,6 +177,10 @@ class Scene:
         gone = self.guest.mark()
         await self.disk.close()
         self.guest.acknowledge(gone, len(self.journal))
+
+    def top_at(self, moment: int) -> str:
+        """Name of the image that is the active layer after so many steps."""
+        return [name for since, name in self.tops if since <= moment][-1]
 
     async def _open(self, storages: dict[str, MemoryStorage], name: str, format: str) -> list[Layer]:
         """Open a chain as the headers name it."""
@@ -293,7 +299,7 @@ class Scene:
         if self.repairs:
             files = await self.repaired(files)
         storages = {name: MemoryStorage(name, content, read_only=True) for name, content in files.items()}
-        layers = await self._open(storages, "top", self.variant.format)
+        layers = await self._open(storages, self.top_at(moment), self.variant.format)
         for layer in layers:
             await assert_sound(layer.image)
         disk = Disk(layers)
@@ -334,28 +340,28 @@ class Scene:
         await image.close()
         return {**files, "top": bytes(top.content)}
 
-    async def verify_use(self, files: Files, content: bytes) -> None:
+    async def verify_use(self, top: str, files: Files, content: bytes) -> None:
         """Write to the disk as it was left, and close it: nothing else changes, and leaks can be given back."""
-        storages = {name: MemoryStorage(name, data, read_only=name != "top") for name, data in files.items()}
-        layers = await self._open(storages, "top", self.variant.format)
+        storages = {name: MemoryStorage(name, data, read_only=name != top) for name, data in files.items()}
+        layers = await self._open(storages, top, self.variant.format)
         disk = Disk(layers, copy_on_read=False)
         at = self.chooser.randrange(len(content) - 9000)
         await disk.write(at, b"o" * 9000)
         expected = content[:at] + b"o" * 9000 + content[at + 9000 :]
         assert await disk.read(0, disk.size) == expected
         await disk.close()
-        again = await self.driver.open_image(MemoryStorage("top", bytes(storages["top"].content)), for_repair=True)
+        again = await self.driver.open_image(MemoryStorage(top, bytes(storages[top].content)), for_repair=True)
         result = await again.check(Repair.LEAKS)
         assert (result.corruptions, result.leaks) == (0, 0), result.messages
 
-    def verify_qemu(self, files: Files, content: bytes) -> None:
+    def verify_qemu(self, name: str, files: Files, content: bytes) -> None:
         """QEMU finds no error, reads the same, and can repair what is left to repair."""
         with tempfile.TemporaryDirectory(prefix="cowfs-crash.") as folder:
-            for name, data in files.items():
-                Path(folder, name).write_bytes(data)
-            for alias, name in self.aliases.items():
-                Path(folder, alias).symlink_to(name)
-            top = Path(folder, "top")
+            for file, data in files.items():
+                Path(folder, file).write_bytes(data)
+            for alias, file in self.aliases.items():
+                Path(folder, alias).symlink_to(file)
+            top = Path(folder, name)
             found = _qemu_check(top, self.variant.format)
             assert not found.get("corruptions", 0), found
             flat = Path(folder, "flat")

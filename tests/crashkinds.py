@@ -189,6 +189,31 @@ async def rebase(scene: Scene) -> None:
             await scene.disk.layers[0].set_backing(Backing(name, "raw") if name else None)
 
 
+async def overlay(scene: Scene) -> None:
+    """New overlays put on top of the disk, beside guests and on their own."""
+    await scene.create()
+    scene.begin()
+    async with scene.session():
+        await scene.work(8, "zero")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_put_overlay, scene, "second")
+            await scene.work(8)
+        await scene.work(4, "zero")
+        await _put_overlay(scene, "third")
+        await scene.work(6, "zero")
+    async with scene.session():
+        await scene.work(4)
+
+
+async def _put_overlay(scene: Scene, name: str) -> None:
+    storage = scene.add(name)
+    active = scene.disk.layers[0]
+    backing = Backing(active.name, active.format)
+    await scene.driver.create(storage, scene.disk.size, backing, scene.variant.options)
+    await scene.disk.push(Layer(await scene.driver.open_image(storage)))
+    scene.tops.append((len(scene.journal), name))
+
+
 async def relabel(scene: Scene) -> None:
     """Names of other lengths for the same backing file, and stamps of it, while guests write."""
     names = ["b", "base" * 20, "c" * 200, "d" * 30]
@@ -278,6 +303,7 @@ KINDS: dict[str, tuple[Callable[[Scene], Awaitable[None]], list[str]]] = {
     "snapshots": (snapshots, _COUNTING),
     "resize": (resize, list(VARIANTS)),
     "rebase": (rebase, list(VARIANTS)),
+    "overlay": (overlay, list(VARIANTS)),
     "relabel": (relabel, list(VARIANTS)),
     "again": (again, list(VARIANTS)),
     "repair": (repair, list(VARIANTS)),
@@ -350,6 +376,6 @@ async def _look(scene: Scene, moment: int, files: Files, *, used: bool, ask_qemu
     if scene.repairs and (used or ask_qemu):
         files = await scene.repaired(files)
     if used:
-        await scene.verify_use(files, content)
+        await scene.verify_use(scene.top_at(moment), files, content)
     if ask_qemu:
-        scene.verify_qemu(files, content)
+        scene.verify_qemu(scene.top_at(moment), files, content)
