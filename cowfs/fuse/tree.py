@@ -27,6 +27,10 @@ class Node:
     def __post_init__(self) -> None:
         self.atime_ns = self.mtime_ns = self.ctime_ns = time_ns()
 
+    def _take_time(self, layer: Layer) -> None:
+        """Have the modification time of an image, so that who remembers it knows the disk again in the next mount."""
+        self.mtime_ns = max(storage.modified_ns for storage in layer.storages) or self.mtime_ns
+
 
 @dataclass(eq=False)
 class Directory(Node):
@@ -41,6 +45,10 @@ class FlatFile(Node):
 
     served: Served
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._take_time(self.served.disk.layers[0])
+
 
 @dataclass(eq=False)
 class LayerFile(Node):
@@ -48,6 +56,10 @@ class LayerFile(Node):
 
     served: Served
     layer: Layer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._take_time(self.layer)
 
 
 @dataclass(eq=False)

@@ -63,8 +63,8 @@ def test_a_base_that_changed_is_refused_until_it_is_accepted(overlay: Path, chan
     assert overlay.read_bytes() == before
     result = cowfs("verify", overlay)
     assert result.returncode == 1 and "has changed" in result.stdout
-    # what tells of one image still does
-    ok(cowfs("info", overlay))
+    # what tells nothing of the disk's content still does
+    ok(cowfs("info", "--backing-chain", overlay))
     ok(cowfs("check", overlay))
     ok(cowfs("verify", "--accept", overlay))
     ok(cowfs("map", overlay))
@@ -108,6 +108,23 @@ def test_deep_in_the_chain(overlay: Path, mount: Mounts) -> None:
     assert refusal(cowfs("map", top))
     ok(cowfs("verify", "-q", "--accept", top))
     ok(cowfs("map", top))
+
+
+def test_a_disk_of_a_mount_is_the_same_when_it_is_mounted_again(mount: Mounts, tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    ok(qemu_img("create", "-q", "-f", "qcow2", image, "2M"))
+    os.utime(image, ns=(1, 10**18 + 7))
+    point = mount.new_point()
+    first = mount(image, point=point)
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", point / "disk", "-F", "raw", tmp_path / "overlay"))
+    assert (point / "disk").stat().st_mtime_ns == (point / ".cowfs/disk/layers/0").stat().st_mtime_ns == 10**18 + 7
+    first.umount()
+    second = mount(image, point=point)
+    ok(cowfs("map", tmp_path / "overlay"))
+    with (point / "disk").open("r+b") as disk:
+        disk.write(b"new")
+    assert "has changed" in refusal(cowfs("map", tmp_path / "overlay"))
+    second.umount()
 
 
 def ok_format(path: Path) -> str:
