@@ -4,17 +4,27 @@ Errors end nothing here: what could not be done stays to be done, and a guest's 
 """
 
 import logging
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 
+from cowfs.block.layer import Layer
 from cowfs.block.partial import PartialClusters
 from cowfs.errors import CowfsError
 
-if TYPE_CHECKING:
-    from cowfs.block.disk import Disk
-
 log = logging.getLogger(__name__)
+
+
+class Kept(Protocol):
+    """What the periodic flush needs of a disk."""
+
+    #: active layer first
+    layers: tuple[Layer, ...]
+    #: whether there may be something to write
+    changed: bool
+
+    async def settle(self) -> None:
+        """Take marks of use off the active layer."""
 
 
 async def complete_clusters(partial: PartialClusters, patience: float) -> None:
@@ -33,7 +43,7 @@ async def complete_clusters(partial: PartialClusters, patience: float) -> None:
             await trio.sleep(patience)
 
 
-async def flush_periodically(disk: "Disk", interval: float) -> None:
+async def flush_periodically(disk: Kept, interval: float) -> None:
     """Bound what a crash can lose; once nothing changes any more, take marks of use off the image."""
     settled = True
     while True:
