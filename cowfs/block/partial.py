@@ -28,6 +28,8 @@ SECTOR = 512
 BOUND = 1 << 30
 #: clusters that may be partial however large they are
 MIN_CLUSTERS = 16
+#: clusters that may begin between two looks at the host's free space
+ALLOWANCE = 256
 #: clusters completed in one step
 BATCH = 64
 #: seconds without such writes after which clusters are completed in the background
@@ -106,6 +108,8 @@ class PartialClusters:
         #: by the number of the guest's cluster, oldest first
         self.clusters: dict[int, Partial] = {}
         self._writes = 0
+        # how many may begin before the host's free space is looked at again
+        self._allowance = 0
         #: whether there will be no more of them
         self.is_closed = False
         self._progress = trio.Event()
@@ -160,10 +164,22 @@ class PartialClusters:
         image = self._image
         if length == self._size or len(self.clusters) >= self._most or (number + 1) << self._bits > image.size:
             return None
+        if not self._allowance and not self._allow():
+            return None
+        self._allowance -= 1
         # asked first: taking may not, but writing will, move the end of the file
         end = image.data_storage.length
         host = image.take_now(number << self._bits)
         return None if host == NO_OFFSET else Partial(host, reads_zero=host >= end)
+
+    def _allow(self) -> bool:
+        """Look whether the host has room for all that is put off, and for more; if not, writes pay at once and fail."""
+        self._allowance = ALLOWANCE
+        free = self._image.data_storage.free_space()
+        if free is not None:
+            # half of it: tables need space too, and others use the host
+            self._allowance = max(0, min(ALLOWANCE, free // self._size // 2 - len(self.clusters)))
+        return self._allowance > 0
 
     def _give_back(self, number: int, cluster: Partial) -> None:
         self._image.release(Reservation([self._run(number, cluster)]))

@@ -101,6 +101,10 @@ class Storage(ABC):
     async def preallocate(self, length: int, *, full: bool) -> None:
         """Take the host's space for the first ``length`` bytes now; ``full`` writes zeros there."""
 
+    def free_space(self) -> int | None:
+        """Bytes that the host could still give this storage; None where nobody knows, or there is nothing to give."""
+        return None
+
     def take_space(self, offset: int, length: int) -> None:
         """Take the host's space for a range on the spot, so that writing there later cannot fail for want of it.
 

@@ -284,6 +284,14 @@ class FileStorage(Storage):
         await self._in_thread("cannot preallocate", call, 0, length)
         self.length = max(self.length, length)
 
+    def free_space(self) -> int | None:
+        """``fstatvfs``."""
+        if self._is_device:
+            return None
+        with _reported(self.name, "cannot tell the free space"):
+            state = os.fstatvfs(self._fd)
+        return state.f_bavail * state.f_frsize
+
     def take_space(self, offset: int, length: int) -> None:
         """``fallocate``, which does not take an empty range: such is the L1 table of a disk of no bytes."""
         if self._is_device or not length:

@@ -343,3 +343,16 @@ async def test_who_waits_while_an_overlay_is_put_on_top_finds_its_clusters(forma
         # what the end of the test looks at
         s.top, s.format = top, "qcow2"
         s.base = MemoryStorage("base", bytes(await s.disk.read(0, SIZE, 1)), read_only=True)
+
+
+async def test_on_a_host_that_is_nearly_full_nothing_is_put_off(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial, "ALLOWANCE", 1)
+    async with setup(format) as s:
+        free = 9 * CLUSTER
+        monkeypatch.setattr(s.top, "free_space", lambda: free)
+        for number in range(1, 5):
+            s.write(number * CLUSTER, 512)
+        assert not s.disk.write_now(5 * CLUSTER, b"x" * 512)
+        s.write(4 * CLUSTER + 512, 512)
+        free = 100 * CLUSTER
+        s.write(5 * CLUSTER, 512)
