@@ -166,6 +166,7 @@ class Disk(Chain):
                     return
             self._about_to_write(offset, length)
             if top.partial is not None:
+                await top.partial.relieve()
                 top.partial.fill_now(offset, memoryview(data))
             await self.write_layer(0, offset, memoryview(data))
         self._count_write(length)

@@ -10,6 +10,7 @@ whole clusters, and a crash leaves clusters that nothing refers to, as after any
 Whoever else changes such a cluster completes it first, holding the range lock.
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from cowfs.block.image import Image, Reservation, Run
 from cowfs.block.quiescence import Readers
 from cowfs.errors import CowfsError
 from cowfs.storage.base import Move, Storage
+
+log = logging.getLogger(__name__)
 
 #: bytes; the grain in which it is known what has been written
 SECTOR = 512
@@ -108,6 +111,7 @@ class PartialClusters:
         #: by the number of the guest's cluster, oldest first
         self.clusters: dict[int, Partial] = {}
         self._writes = 0
+        self._is_starved = False
         # how many may begin before the host's free space is looked at again
         self._allowance = 0
         #: whether there will be no more of them
@@ -179,7 +183,19 @@ class PartialClusters:
         if free is not None:
             # half of it: tables need space too, and others use the host
             self._allowance = max(0, min(ALLOWANCE, free // self._size // 2 - len(self.clusters)))
-        return self._allowance > 0
+        self._is_starved = not self._allowance
+        return not self._is_starved
+
+    async def relieve(self) -> None:
+        """If the host has become short of space, complete all clusters before anybody else takes what they need.
+
+        What cannot be completed stays as it is; the next flush says so.
+        """
+        if self._is_starved and self.clusters:
+            try:
+                await self._complete(list(self.clusters.items()))
+            except CowfsError as error:
+                log.warning("copy-on-write: %s", error)
 
     def _give_back(self, number: int, cluster: Partial) -> None:
         self._image.release(Reservation([self._run(number, cluster)]))
