@@ -36,8 +36,8 @@ force_share_option = click.option(
     "--force-share",
     "opening",
     is_flag=True,
-    callback=lambda context, parameter, value: Opening(locking=not value),
-    help="Read although another program may be writing; what is read then may make no sense.",
+    callback=lambda context, parameter, value: Opening(locking=not value, trusting=value),
+    help="Read although another program may be writing, or a backing file has changed: it may make no sense.",
 )
 
 
