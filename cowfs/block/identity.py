@@ -21,7 +21,6 @@ import xxhash
 from cowfs.block.alignment import align_down
 from cowfs.block.layer import Layer
 from cowfs.errors import BaseChanged
-from cowfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
 
@@ -100,17 +99,11 @@ async def identify(above: Layer, below: Layer) -> Stamp:
     for storage in below.storages:
         last = align_down(max(storage.length - 1, 0), SAMPLE_BYTES)
         for number in range(SAMPLES + 2):
-            digest.update(await _read(storage, align_down(last * number // (SAMPLES + 1), SAMPLE_BYTES), SAMPLE_BYTES))
-    size = sum(storage.length for storage in below.storages)
+            digest.update(
+                await storage.read_bytes(align_down(last * number // (SAMPLES + 1), SAMPLE_BYTES), SAMPLE_BYTES)
+            )
     modified = max(storage.modified_ns for storage in below.storages)
-    return Stamp(size, modified, _name(above), digest.digest())
-
-
-async def _read(storage: Storage, offset: int, length: int) -> bytearray:
-    buffer = bytearray(length)
-    if not storage.read_now(offset, [memoryview(buffer)]):
-        await storage.read(offset, [memoryview(buffer)])
-    return buffer
+    return Stamp(whole_size(below), modified, _name(above), digest.digest())
 
 
 async def require_unchanged(above: Layer, below: Layer) -> None:
@@ -151,7 +144,7 @@ async def forget(above: Layer) -> None:
 
 
 def whole_size(layer: Layer) -> int:
-    """Bytes that `whole_digest` reads."""
+    """Bytes of a layer's files."""
     return sum(storage.length for storage in layer.storages)
 
 
@@ -161,7 +154,7 @@ async def whole_digest(layer: Layer, progress: Callable[[int], None]) -> bytes:
     done = 0
     for storage in layer.storages:
         for offset in range(0, storage.length, _CHUNK):
-            data = await _read(storage, offset, min(_CHUNK, storage.length - offset))
+            data = await storage.read_bytes(offset, min(_CHUNK, storage.length - offset))
             await trio.to_thread.run_sync(digest.update, data)
             done += len(data)
             progress(done)

@@ -135,5 +135,6 @@ class Storage(ABC):
     async def read_bytes(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``, zeros past the end."""
         buffer = bytearray(length)
-        await self.read(offset, [memoryview(buffer)])
+        if not self.read_now(offset, [memoryview(buffer)]):
+            await self.read(offset, [memoryview(buffer)])
         return bytes(buffer)
