@@ -10,9 +10,11 @@ from typing import Any
 from commandline import ok, qemu_img, qemu_io
 from storages import MemoryStorage
 
+from cowfs.block.check import CheckResult, Repair
 from cowfs.block.disk import Disk
 from cowfs.block.image import Image
 from cowfs.block.layer import Layer
+from cowfs.errors import CowfsError
 from cowfs.formats import qcow2
 from cowfs.formats.chain import open_disk, open_image
 from cowfs.formats.qcow2.image import Qcow2Image
@@ -99,3 +101,32 @@ async def fill(disk: Disk, seed: int, count: int = 12) -> None:
     for _ in range(count):
         offset = rnd.randrange(disk.size)
         await disk.write(offset, rnd.randbytes(min(rnd.choice([1, 512, 5000, 70_000, 200_000]), disk.size - offset)))
+
+
+def qemu_check(path: Path, *options: str) -> dict[str, Any]:
+    """What ``qemu-img check`` finds, whatever that is."""
+    found: dict[str, Any] = json.loads(qemu_img("check", "--output=json", *options, path).stdout)
+    return found
+
+
+async def check_image(path: Path, format: str, repair: Repair = Repair.NONE) -> CheckResult:
+    """What cowfs finds, and mends where asked to."""
+    repairs = repair is not Repair.NONE
+    image = await open_image(str(path), format, writable=repairs, for_repair=repairs)
+    try:
+        return await image.check(repair)
+    finally:
+        await image.close()
+
+
+async def readable_clusters(path: Path, format: str) -> list[bytes | None]:
+    """Content of the disk by clusters; None where it cannot be read."""
+    disk = await open_disk(str(path), format)
+    found: list[bytes | None] = []
+    for offset in range(0, disk.size, disk.cluster_size):
+        try:
+            found.append(bytes(await disk.read(offset, disk.cluster_size)))
+        except CowfsError:
+            found.append(None)
+    await disk.close()
+    return found

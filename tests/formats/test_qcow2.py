@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from imagetools import qemu_check
 
 from cowfs.block.image import Backing
 from cowfs.errors import CowfsError
@@ -21,14 +22,6 @@ def qemu(*words: str | Path | int) -> str:
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def qemu_check(path: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        ["qemu-img", "check", "--output=json", str(path)], capture_output=True, text=True, check=False
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def assert_clean(path: Path) -> None:

@@ -1,14 +1,13 @@
 """Where qcow2 puts clusters: what is free is used again, the file stays short, what belongs together stays together."""
 
-import json
 import random
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 from commandline import ok, qemu_img, qemu_io
+from imagetools import qemu_check
 from powercut import RecordingStorage
 from qcow2damage import MASK, Anatomy
 from storages import Gate, MemoryStorage
@@ -23,11 +22,6 @@ from cowfs.formats.qcow2 import refcounts
 from cowfs.formats.qcow2.image import Qcow2Image
 
 K, M = 1 << 10, 1 << 20
-
-
-def qemu_check(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(qemu_img("check", "--output=json", path).stdout)
-    return found
 
 
 def assert_clean(path: Path) -> None:

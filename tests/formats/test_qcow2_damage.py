@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import qcow2damage
 from commandline import ok, qemu_img, qemu_io
+from imagetools import check_image, readable_clusters
 from qcow2damage import KINDS, MASK, Anatomy
 from storages import MemoryStorage
 
@@ -22,7 +23,6 @@ from cowfs.block.check import Repair
 from cowfs.cli.check import CORRUPT, LEAKS
 from cowfs.errors import CowfsError
 from cowfs.formats import qcow2
-from cowfs.formats.chain import open_disk, open_image
 
 #: images of each kind
 ROUNDS = int(os.environ.get("COWFS_DAMAGE_ROUNDS", "2"))
@@ -49,13 +49,8 @@ def theirs(path: Path, *options: str) -> Verdict:
 
 
 async def ours(path: Path, repair: Repair = Repair.NONE) -> Verdict:
-    repairs = repair is not Repair.NONE
     try:
-        image = await open_image(str(path), "qcow2", writable=repairs, for_repair=repairs)
-        try:
-            result = await image.check(repair)
-        finally:
-            await image.close()
+        result = await check_image(path, "qcow2", repair)
     except CowfsError as error:
         return Verdict(None, 1, str(error))
     code = CORRUPT if result.corruptions else LEAKS if result.leaks else 0
@@ -88,17 +83,9 @@ def is_cut_off(verdict: Verdict) -> bool:
 async def content(path: Path) -> list[bytes | None]:
     """Content of the disk by clusters; None where it cannot be read."""
     try:
-        disk = await open_disk(str(path))
+        return await readable_clusters(path, "qcow2")
     except CowfsError:
         return []
-    found: list[bytes | None] = []
-    for offset in range(0, disk.size, disk.cluster_size):
-        try:
-            found.append(bytes(await disk.read(offset, disk.cluster_size)))
-        except CowfsError:
-            found.append(None)
-    await disk.close()
-    return found
 
 
 def make_damaged(path: Path, kind: str, seed: int) -> None:

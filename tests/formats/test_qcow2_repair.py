@@ -1,58 +1,30 @@
 """Repair of qcow2 images: QEMU judges before and after, and nothing that could be read may change."""
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import qcow2damage
 from commandline import ok, qemu_img, qemu_io
+from imagetools import check_image, qemu_check, readable_clusters
 from powercut import RecordingStorage
 from qcow2damage import COPIED, MASK, WRECKS, Anatomy
 from storages import MemoryStorage
 
 from cowfs.block.check import CheckResult, Repair
-from cowfs.errors import CorruptImage, CowfsError, ReadOnly, StorageError
+from cowfs.errors import CorruptImage, ReadOnly, StorageError
 from cowfs.formats import qcow2
 from cowfs.formats.chain import open_disk, open_image
 from cowfs.formats.qcow2.blocks import pack_counts, unpack_counts
 
 
-def qemu_check(path: Path, *options: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(qemu_img("check", "--output=json", *options, path).stdout)
-    return found
-
-
-async def check(path: Path, repair: Repair = Repair.NONE) -> CheckResult:
-    repairs = repair is not Repair.NONE
-    image = await open_image(str(path), "qcow2", writable=repairs, for_repair=repairs)
-    try:
-        return await image.check(repair)
-    finally:
-        await image.close()
-
-
-async def readable(path: Path) -> list[bytes | None]:
-    """Content of the disk by clusters; None where it cannot be read."""
-    disk = await open_disk(str(path))
-    found: list[bytes | None] = []
-    for offset in range(0, disk.size, disk.cluster_size):
-        try:
-            found.append(bytes(await disk.read(offset, disk.cluster_size)))
-        except CowfsError:
-            found.append(None)
-    await disk.close()
-    return found
-
-
 async def assert_repaired(path: Path, before: list[bytes | None]) -> None:
     """Both tools call it clean, and it reads as before, where it could be read."""
-    result = await check(path)
+    result = await check_image(path, "qcow2")
     assert (result.corruptions, result.leaks) == (0, 0), result.messages
     found = qemu_check(path)
     assert not (found.get("corruptions") or found.get("leaks") or found["check-errors"]), found
-    after = await readable(path)
+    after = await readable_clusters(path, "qcow2")
     assert None not in after
     changed = [index for index, old in enumerate(before) if old is not None and old != after[index]]
     assert not changed
@@ -86,10 +58,10 @@ async def test_damaged_tables_and_counts(tmp_path: Path, seed: int) -> None:
     for _ in range(rnd.randrange(1, 5)):
         qcow2damage.damage_entries(image, rnd)
     image.write(path)
-    found, theirs = await check(path), qemu_check(path)
+    found, theirs = await check_image(path, "qcow2"), qemu_check(path)
     assert (found.corruptions, found.leaks) == (theirs.get("corruptions", 0), theirs.get("leaks", 0)), found.messages
-    before = await readable(path)
-    result = await check(path, Repair.ALL)
+    before = await readable_clusters(path, "qcow2")
+    result = await check_image(path, "qcow2", Repair.ALL)
     assert bool(result.corruptions_fixed + result.leaks_fixed) == bool(found.corruptions + found.leaks)
     await assert_repaired(path, before)
 
@@ -98,11 +70,11 @@ async def test_damaged_tables_and_counts(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_destroyed_refcount_structures(tmp_path: Path, wreck: str, seed: int) -> None:
     path, rnd = make(tmp_path, seed)
-    before = await readable(path)
+    before = await readable_clusters(path, "qcow2")
     image = Anatomy(path)
     qcow2damage.wreck_refcounts(image, wreck, rnd)
     image.write(path)
-    result = await check(path, Repair.ALL)
+    result = await check_image(path, "qcow2", Repair.ALL)
     assert result.corruptions_fixed + result.leaks_fixed
     await assert_repaired(path, before)
     # and it can be written
@@ -115,7 +87,7 @@ async def test_destroyed_refcount_structures(tmp_path: Path, wreck: str, seed: i
 @pytest.mark.parametrize("seed", range(6))
 async def test_leaks_are_repaired_as_qemu_repairs_them(tmp_path: Path, seed: int) -> None:
     image = simple(path := tmp_path / "image", options="cluster_size=4k")
-    before = await readable(path)
+    before = await readable_clusters(path, "qcow2")
     rnd = random.Random(seed)
     block = image.get(image.blocks()[0]) & MASK
     for cluster in rnd.sample(range(len(image.data) >> image.bits), 10):
@@ -123,7 +95,7 @@ async def test_leaks_are_repaired_as_qemu_repairs_them(tmp_path: Path, seed: int
     image.write(path)
     (copy := tmp_path / "copy").write_bytes(image.data)
     theirs = qemu_check(copy, "-r", "leaks")
-    result = await check(path, Repair.LEAKS)
+    result = await check_image(path, "qcow2", Repair.LEAKS)
     assert result.leaks_fixed == theirs["leaks-fixed"] == 10
     assert result.corruptions_fixed == theirs.get("corruptions-fixed", 0)
     await assert_repaired(path, before)
@@ -139,7 +111,7 @@ async def test_leaks_are_repaired_and_damage_left_alone(tmp_path: Path) -> None:
     image.put(second, image.get(second) & ~COPIED)
     image.put(third, COPIED | 1 << 50)
     image.write(path)
-    found = await check(path, Repair.LEAKS)
+    found = await check_image(path, "qcow2", Repair.LEAKS)
     assert (found.leaks_fixed, found.leaks, found.corruptions_fixed) == (2, 0, 0)
     assert found.corruptions == qemu_check(path)["corruptions"] == 3
     assert (Anatomy(path).get(second), Anatomy(path).get(third)) == (image.get(second), COPIED | 1 << 50)
@@ -151,7 +123,7 @@ async def test_leaked_space_goes_back_to_the_host(tmp_path: Path) -> None:
         image.put(place, 0)
     image.write(path)
     before = path.stat().st_blocks
-    assert (await check(path, Repair.LEAKS)).leaks_fixed == 8
+    assert (await check_image(path, "qcow2", Repair.LEAKS)).leaks_fixed == 8
     assert path.stat().st_blocks <= before - 8 * 128
     assert not qemu_check(path).get("leaks")
 
@@ -165,7 +137,7 @@ async def test_data_that_a_wrong_l1_entry_takes_for_a_table_is_kept(tmp_path: Pa
     data = image.get(image.l2_places()[5])
     image.put(image.l1_places()[1], data)
     image.write(path)
-    await check(path, Repair.ALL)
+    await check_image(path, "qcow2", Repair.ALL)
     disk = await open_disk(str(path), writable=True)
     assert await disk.read(0, 64 << 10) == noise
     # the table is one of its own now
@@ -179,13 +151,13 @@ async def test_data_in_the_place_of_metadata_moves_out(tmp_path: Path) -> None:
     image = simple(path := tmp_path / "image")
     image.put(image.l2_places()[3], COPIED | image.l1)
     image.write(path)
-    old = await readable(path)
-    await check(path, Repair.ALL)
+    old = await readable_clusters(path, "qcow2")
+    await check_image(path, "qcow2", Repair.ALL)
     await assert_repaired(path, old)
     disk = await open_disk(str(path), writable=True)
     await disk.write(3 << 16, b"not the L1 table")
     await disk.close()
-    assert (await readable(path))[4:] == old[4:]
+    assert (await readable_clusters(path, "qcow2"))[4:] == old[4:]
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
@@ -199,9 +171,9 @@ async def test_what_lies_beyond_the_file_goes_on_reading_as_zeros(tmp_path: Path
     image = Anatomy(path)
     image.put(image.l2_places()[2], COPIED | 1 << 40)
     image.write(path)
-    before = await readable(path)
+    before = await readable_clusters(path, "qcow2")
     assert before[2] == bytes(65536)
-    await check(path, Repair.ALL)
+    await check_image(path, "qcow2", Repair.ALL)
     await assert_repaired(path, before)
 
 
@@ -214,7 +186,7 @@ async def test_a_cut_off_table_is_filled_with_what_qemu_reads_there(tmp_path: Pa
     image.write(path)
     flat = tmp_path / "flat"
     ok(qemu_img("convert", "-O", "raw", path, flat))
-    await check(path, Repair.ALL)
+    await check_image(path, "qcow2", Repair.ALL)
     await assert_repaired(path, [])
     disk = await open_disk(str(path))
     assert await disk.read(0, disk.size) == flat.read_bytes()
@@ -227,7 +199,7 @@ async def test_the_corrupt_mark_goes_when_nothing_is_wrong(tmp_path: Path) -> No
     image.write(path)
     with pytest.raises(ReadOnly, match="marked corrupt and can only be read; repair it with 'cowfs check -r all'"):
         await open_disk(str(path), writable=True)
-    await check(path, Repair.LEAKS)
+    await check_image(path, "qcow2", Repair.LEAKS)
     assert path.read_bytes()[79] == 0
     disk = await open_disk(str(path), writable=True)
     await disk.close()
@@ -241,7 +213,7 @@ async def test_marks_stay_where_damage_stays(tmp_path: Path) -> None:
     image.put(snapshots, 1 << 40)
     image.data[79] |= 2
     image.write(path)
-    result = await check(path, Repair.ALL)
+    result = await check_image(path, "qcow2", Repair.ALL)
     assert result.corruptions
     assert path.read_bytes()[79] == 2
 
@@ -270,7 +242,7 @@ def make_dirty(path: Path, *, wrong: bool = True) -> None:
 async def test_a_dirty_image_is_repaired_when_it_is_opened_for_writing(tmp_path: Path, wrong: bool) -> None:
     make_dirty(path := tmp_path / "image", wrong=wrong)
     before = path.read_bytes()
-    content = await readable(path)
+    content = await readable_clusters(path, "qcow2")
     assert path.read_bytes() == before, "reading changes nothing"
     disk = await open_disk(str(path), writable=True)
     assert not disk.layers[0].image.dirty
@@ -311,7 +283,7 @@ async def test_damage_of_less_common_images(tmp_path: Path, options: str) -> Non
     simple(path := tmp_path / "image", options=f"lazy_refcounts=on,{options.replace('=data', f'={tmp_path}/data')}")
     if "data_file" not in options:
         qemu_io(path, "qcow2", "write -P 3 2M 6k", "write -z 2112k 2k")
-    before = await readable(path)
+    before = await readable_clusters(path, "qcow2")
     image = Anatomy(path)
     words = 2 if "extended" in options else 1
     table = image.get(image.l1) & MASK
@@ -353,8 +325,8 @@ async def test_bitmaps_that_nobody_vouches_for_are_leaks(tmp_path: Path) -> None
     image.data[95] = 0
     image.write(path)
     leaks = qemu_check(path)["leaks"]
-    before = await readable(path)
-    assert (await check(path, Repair.LEAKS)).leaks_fixed == leaks
+    before = await readable_clusters(path, "qcow2")
+    assert (await check_image(path, "qcow2", Repair.LEAKS)).leaks_fixed == leaks
     await assert_repaired(path, before)
     # QEMU warns that the old one is no longer there
     assert qemu_img("bitmap", "--add", path, "dirty1").returncode == 0
@@ -365,15 +337,15 @@ async def test_broken_bitmaps_are_given_up_and_sound_ones_kept(tmp_path: Path) -
     image = with_bitmap(path := tmp_path / "image")
     image.put(image.l2_places()[0], 0)
     image.write(path)
-    assert (await check(path, Repair.ALL)).leaks_fixed == 1
+    assert (await check_image(path, "qcow2", Repair.ALL)).leaks_fixed == 1
     assert path.read_bytes()[95] == 1
     assert "dirty0" in qemu_img("info", path).stdout
     image = Anatomy(path)
     directory = image.data.index((0x23852875).to_bytes(4, "big")) + 8 + 16
     image.put(image.get(directory), 1 << 40)
     image.write(path)
-    before = await readable(path)
-    await check(path, Repair.ALL)
+    before = await readable_clusters(path, "qcow2")
+    await check_image(path, "qcow2", Repair.ALL)
     assert path.read_bytes()[95] == 0
     await assert_repaired(path, before)
 
@@ -411,7 +383,7 @@ async def test_a_repair_that_fails_at_any_step_can_be_made_again(tmp_path: Path,
     start = damaged(tmp_path, kind)
     path = tmp_path / "image"
     path.write_bytes(start)
-    before = await readable(path)
+    before = await readable_clusters(path, "qcow2")
     for operation in ("write", "flush"):
         number = 0
         while True:
@@ -423,7 +395,7 @@ async def test_a_repair_that_fails_at_any_step_can_be_made_again(tmp_path: Path,
                 break
             except StorageError:
                 path.write_bytes(storage.content)
-                await check(path, Repair.ALL)
+                await check_image(path, "qcow2", Repair.ALL)
                 await assert_repaired(path, before)
             number += 1
         assert number > 4
@@ -434,14 +406,14 @@ async def test_a_power_cut_during_a_repair_leaves_what_can_be_repaired(tmp_path:
     start = damaged(tmp_path, kind)
     path = tmp_path / "image"
     path.write_bytes(start)
-    before = await readable(path)
+    before = await readable_clusters(path, "qcow2")
     storage = RecordingStorage("image", start)
     await repair(storage)
     states = [*storage.prefixes(), *storage.cuts(random.Random(1), 3)]
     assert len(states) > 20
     for content in states:
         path.write_bytes(content)
-        await check(path, Repair.ALL)
+        await check_image(path, "qcow2", Repair.ALL)
         await assert_repaired(path, before)
 
 

@@ -9,11 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from imagetools import check_image, readable_clusters
 from qedtools import M, header_on_disk, qemu_check, qemu_create, qemu_io
 
 from cowfs.block.check import CheckResult, Repair
-from cowfs.errors import CowfsError
-from cowfs.formats.chain import open_disk, open_image
 from cowfs.formats.qed.layout import Feature
 
 #: images of each kind
@@ -62,30 +61,8 @@ def entry_of(path: Path, number: int) -> int:
     return int.from_bytes(image[place : place + 8], "little")
 
 
-async def check(path: Path, repair: Repair = Repair.NONE) -> CheckResult:
-    repairs = repair is not Repair.NONE
-    image = await open_image(str(path), "qed", writable=repairs, for_repair=repairs)
-    try:
-        return await image.check(repair)
-    finally:
-        await image.close()
-
-
-async def content(path: Path) -> list[bytes | None]:
-    """Content of the disk by clusters; None where it cannot be read."""
-    disk = await open_disk(str(path), "qed")
-    found: list[bytes | None] = []
-    for offset in range(0, disk.size, disk.cluster_size):
-        try:
-            found.append(bytes(await disk.read(offset, disk.cluster_size)))
-        except CowfsError:
-            found.append(None)
-    await disk.close()
-    return found
-
-
 async def assert_same(path: Path) -> CheckResult:
-    found, theirs = await check(path), qemu_check(path)
+    found, theirs = await check_image(path, "qed"), qemu_check(path)
     assert (found.corruptions, found.leaks) == (theirs.get("corruptions", 0), theirs.get("leaks", 0)), found.messages
     assert found.allocated_clusters == theirs.get("allocated-clusters", 0)
     return found
@@ -96,13 +73,13 @@ async def assert_same(path: Path) -> CheckResult:
 async def test_cowfs_and_qemu_agree(tmp_path: Path, kind: str, seed: int) -> None:
     make_damaged(path := tmp_path / "image", kind, seed)
     await assert_same(path)
-    before = await content(path)
+    before = await readable_clusters(path, "qed")
     for how in (Repair.LEAKS, Repair.ALL):
         shutil.copy(path, mine := tmp_path / "mine")
-        repaired = await check(mine, how)
+        repaired = await check_image(mine, "qed", how)
         found = await assert_same(mine)
         assert (found.corruptions, found.leaks) == (repaired.corruptions, repaired.leaks)
-        after = await content(mine)
+        after = await readable_clusters(mine, "qed")
         metadata = header_on_disk(path).l1_offset + header_on_disk(path).table_bytes
         for number, (old, new) in enumerate(zip(before, after, strict=True)):
             # an entry that leads to L1 shows the repair of that

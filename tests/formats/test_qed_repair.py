@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commandline import ok, qemu_img
+from imagetools import check_image, readable_clusters
 from powercut import RecordingStorage
 from qedtools import M, features_on_disk, header_on_disk, qemu_check, qemu_create, qemu_io
 
-from cowfs.block.check import CheckResult, Repair
-from cowfs.errors import CorruptImage, CowfsError
+from cowfs.block.check import Repair
+from cowfs.errors import CorruptImage
 from cowfs.formats import qed
-from cowfs.formats.chain import open_disk, open_image
+from cowfs.formats.chain import open_disk
 from cowfs.formats.qed.check import ClusterSet
 from cowfs.formats.qed.layout import Feature
 
@@ -36,26 +37,6 @@ def _put(image: bytearray, offset: int, value: int) -> None:
     image[offset : offset + 8] = value.to_bytes(8, "little")
 
 
-async def _check(path: Path, repair: Repair) -> CheckResult:
-    image = await open_image(str(path), "qed", writable=True, for_repair=True)
-    try:
-        return await image.check(repair)
-    finally:
-        await image.close()
-
-
-async def _content(path: Path) -> list[bytes | None]:
-    disk = await open_disk(str(path), "qed")
-    found: list[bytes | None] = []
-    for offset in range(0, disk.size, disk.cluster_size):
-        try:
-            found.append(bytes(await disk.read(offset, disk.cluster_size)))
-        except CowfsError:
-            found.append(None)
-    await disk.close()
-    return found
-
-
 def _assert_clean(path: Path) -> None:
     found = qemu_check(path)
     assert not (found.get("corruptions") or found.get("leaks")), found
@@ -75,12 +56,12 @@ async def test_entries_that_point_nowhere_are_dropped(tmp_path: Path, value: int
         await open_disk(str(path), "qed", writable=True)
     (copy := tmp_path / "copy").write_bytes(image)
     theirs = json.loads(qemu_img("check", "-f", "qed", "-r", "all", "--output=json", copy).stdout)
-    before = await _content(path)
-    result = await _check(path, Repair.ALL)
+    before = await readable_clusters(path, "qed")
+    result = await check_image(path, "qed", Repair.ALL)
     assert result.corruptions_fixed == theirs["corruptions-fixed"] == 3
     assert (result.corruptions, result.leaks) == (0, 0)
     _assert_clean(path)
-    after = await _content(path)
+    after = await readable_clusters(path, "qed")
     assert [new if old is not None else None for old, new in zip(before, after, strict=True)] == before
     disk = await open_disk(str(path), "qed", writable=True)
     await disk.write(3 * 4096, b"again")
@@ -92,7 +73,7 @@ async def test_with_leaks_alone_damage_is_left(tmp_path: Path) -> None:
     image = _make(path := tmp_path / "image")
     _put(image, _table(image, path) + 8 * 3, FAR)
     path.write_bytes(image)
-    result = await _check(path, Repair.LEAKS)
+    result = await check_image(path, "qed", Repair.LEAKS)
     assert (result.corruptions, result.corruptions_fixed, result.leaks_fixed) == (1, 0, 0)
     assert path.read_bytes() == image
 
@@ -104,10 +85,10 @@ async def test_leaks_are_given_back_and_the_mark_taken_off(tmp_path: Path) -> No
         _put(image, table + 8 * index, 0)
     image[16] |= 2
     path.write_bytes(image)
-    before = await _content(path)
-    assert (await _check(path, Repair.LEAKS)).leaks_fixed == 10
+    before = await readable_clusters(path, "qed")
+    assert (await check_image(path, "qed", Repair.LEAKS)).leaks_fixed == 10
     assert path.stat().st_size == len(image) - 10 * 4096
-    assert await _content(path) == before
+    assert await readable_clusters(path, "qed") == before
     _assert_clean(path)
 
 
@@ -116,9 +97,9 @@ async def test_clusters_with_two_users_stay_as_they_are(tmp_path: Path) -> None:
     table = _table(image, path)
     image[table : table + 8] = image[table + 8 : table + 16]
     path.write_bytes(image)
-    result = await _check(path, Repair.ALL)
+    result = await check_image(path, "qed", Repair.ALL)
     assert result.corruptions == qemu_check(path)["corruptions"] == 1
-    assert (await _content(path))[0] == (await _content(path))[1]
+    assert (await readable_clusters(path, "qed"))[0] == (await readable_clusters(path, "qed"))[1]
     ok(qemu_img("info", path))
 
 
@@ -128,14 +109,14 @@ async def test_a_power_cut_during_a_repair_leaves_what_can_be_repaired(tmp_path:
     _put(image, table + 8 * 3, FAR)
     _put(image, table + 8 * 7, 0)
     path.write_bytes(image)
-    before = await _content(path)
+    before = await readable_clusters(path, "qed")
     storage = RecordingStorage("image", bytes(image))
     await (await qed.open_image(storage, for_repair=True)).check(Repair.ALL)
     for content in [*storage.prefixes(), *storage.cuts(random.Random(1), 3)]:
         path.write_bytes(content)
-        await _check(path, Repair.ALL)
+        await check_image(path, "qed", Repair.ALL)
         _assert_clean(path)
-        after = await _content(path)
+        after = await readable_clusters(path, "qed")
         assert [new if old is not None else None for old, new in zip(before, after, strict=True)] == before
 
 
@@ -147,7 +128,7 @@ async def test_data_that_a_wrong_l1_entry_takes_for_a_table_is_kept(tmp_path: Pa
     _put(image, l1 + 8, data)
     _put(image, table + 8 * 20, FAR)
     path.write_bytes(image)
-    result = await _check(path, Repair.ALL)
+    result = await check_image(path, "qed", Repair.ALL)
     assert (result.corruptions_fixed, result.corruptions) == (1, qemu_check(path)["corruptions"])
     disk = await open_disk(str(path), "qed")
     assert await disk.read(4 * 4096, 8192) == noise
