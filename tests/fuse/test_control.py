@@ -111,7 +111,7 @@ async def test_what_there_is(chain: Path) -> None:
         )
         folder = chain.parent
         assert await kernel.read(".cowfs/vm/chain") == (
-            f"0 qcow2 {SIZE} {chain}\n1 qcow2 {SIZE} {folder}/middle.qcow2\n2 raw {SIZE} {folder}/base.raw\n"
+            f"2 qcow2 {SIZE} {chain}\n1 qcow2 {SIZE} {folder}/middle.qcow2\n0 raw {SIZE} {folder}/base.raw\n"
         )
         assert await kernel.read(".cowfs/vm/map") == ok(qemu_img("map", "-U", "--output=json", chain))
         assert "reads: 0\n" in await kernel.read(".cowfs/vm/stats")

@@ -48,15 +48,15 @@ def test_the_disk_goes_on_and_the_old_image_keeps_what_it_was(
         before = bytes(model)
         mounted.control("image", "snapshot").write_text(f"create {top.name} format={new}\n")
         assert mounted.control("image", "snapshot").read_text() == f"{top}\n"
-        assert mounted.control("image", "chain").read_text().splitlines()[:2] == [
-            f"0 {new} {8 * MIB} {top}",
-            f"1 {format} {8 * MIB} {image}",
+        chain = mounted.control("image", "chain").read_text().splitlines()
+        assert chain[:2] == [
+            f"{len(chain) - 1} {new} {8 * MIB} {top}",
+            f"{len(chain) - 2} {format} {8 * MIB} {image}",
         ]
         assert flat.read_bytes() == before
         write(3)
         assert flat.read_bytes() == model
-        depth = len(mounted.control("image", "chain").read_text().splitlines())
-        assert (mounted.point / f".cowfs/image/layers/{depth - 2}").read_bytes() == before
+        assert (mounted.point / f".cowfs/image/layers/{len(chain) - 2}").read_bytes() == before
     mounted.umount()
     assert content(image, format) == before
     assert content(top, new) == model

@@ -5,10 +5,11 @@ from cowfs.fuse.images import Served
 
 
 async def render(served: Served) -> str:
-    """Return a line for each layer, active layer first; size of its disk in bytes."""
+    """Return a line for each layer, active layer first; numbers as in ``layers``, size of its disk in bytes."""
+    layers = served.disk.layers
     lines = [
-        f"{index} {layer.format} {layer.size} {one_line(layer.name)}\n"
-        for index, layer in enumerate(served.disk.layers)
+        f"{len(layers) - 1 - depth} {layer.format} {layer.size} {one_line(layer.name)}\n"
+        for depth, layer in enumerate(layers)
     ]
     return "".join(lines)
 
