@@ -18,9 +18,10 @@ from faults import FaultyStorage, Trouble
 from storages import MemoryStorage
 
 from cowfs.block.check import Repair
-from cowfs.block.disk import EVERYWHERE, Disk
+from cowfs.block.disk import Disk
 from cowfs.block.image import Backing, Image
 from cowfs.block.layer import Layer
+from cowfs.block.stack import EVERYWHERE
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CowfsError, ReadOnly, StorageError
 from cowfs.formats import qcow2
