@@ -75,10 +75,14 @@ class CorruptImage(CowfsError):
     errno = errno.EIO
 
 
-class BaseChanged(CowfsError):
-    """A backing file is not what it was when the image was put on it."""
+class Stale(CowfsError):
+    """An image or layer no longer shows the disk that it did."""
 
     errno = errno.ESTALE
+
+
+class BaseChanged(Stale):
+    """A backing file is not what it was when the image was put on it."""
 
 
 class OutOfRange(CowfsError):

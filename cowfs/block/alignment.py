@@ -1,6 +1,10 @@
 """Whole clusters out of byte ranges: the one place where a request is rounded or split."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+#: a range: first byte, and the one after the last
+Area = tuple[int, int]
 
 
 def align_down(value: int, unit: int) -> int:
@@ -31,3 +35,16 @@ def split(offset: int, length: int, unit: int) -> Split:
     start = align_down(offset, unit)
     end = align_up(offset + length, unit)
     return Split(start, end, offset - start, end - offset - length)
+
+
+def without(start: int, end: int, holes: Sequence[Area]) -> list[Area]:
+    """Return what is left of a range; ``holes`` are in order and do not overlap."""
+    left: list[Area] = []
+    for first, last in holes:
+        if start < first:
+            left.append((start, min(first, end)))
+        start = max(start, last)
+        if start >= end:
+            return left
+    left.append((start, end))
+    return left

@@ -143,11 +143,20 @@ class Disk(Stack):
             if top.partial is not None:
                 await top.partial.relieve()
                 top.partial.fill_now(offset, memoryview(data))
-            await self.write_layer(0, offset, memoryview(data))
+            if self.sink is not None:
+                await self.sink.write(offset, memoryview(data))
+            else:
+                await self.write_layer(0, offset, memoryview(data))
         self._count_write(length)
 
     def _write_partial_now(self, offset: int, data: bytes | bytearray | memoryview, extents: Sequence[Extent]) -> bool:
         """Write where the active layer has nothing, or a part of a cluster; False if that takes more than this."""
+        if self.sink is not None:
+            self._about_to_write(offset, len(data))
+            done = self.sink.write_now(offset, data, extents)
+            if done:
+                self._count_write(len(data))
+            return done
         partial = self.layers[0].partial
         kinds = {extent.kind for extent in extents}
         if partial is None or Kind.UNALLOCATED not in kinds or not kinds <= {Kind.UNALLOCATED, Kind.DATA}:

@@ -182,6 +182,13 @@ class Layer:
         if self._parts and self._partial is not None:
             await self._partial.complete(offset, end)
 
+    async def end_partial(self) -> None:
+        """Complete all partial clusters, and let there be no more; nobody writes to the layer meanwhile."""
+        await self.complete(0, self.size)
+        if self._partial is not None:
+            self._partial.close()
+            self._partial, self._parts = None, {}
+
     def _check_write(self, offset: int, length: int) -> None:
         self.require_writable()
         if offset + length > self.size:
@@ -283,18 +290,21 @@ class Layer:
             await self.flush()
             await self.settle()
             self.begun = False
-        # the header's file last: while it cannot be written, nothing can
-        for storage in reversed(self.storages):
-            await storage.reopen(writable=writable)
+        await self.reopen(writable=writable)
         if writable:
             try:
                 # what an image needs that was not closed cleanly is done here, before anybody depends on it
                 await self.begin()
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    for storage in self.storages:
-                        await storage.reopen(writable=False)
+                    await self.reopen(writable=False)
                 raise
+
+    async def reopen(self, *, writable: bool) -> None:
+        """Change the way in which its files are open, and locked against others; the image is not told."""
+        # the header's file last: while it cannot be written, nothing can
+        for storage in reversed(self.storages):
+            await storage.reopen(writable=writable)
 
     async def close(self) -> None:
         """Flush and close."""

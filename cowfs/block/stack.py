@@ -7,15 +7,18 @@ left behind) with all guests held off, for as long as it takes to write one head
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
-from cowfs.block.alignment import align_down, align_up, split
+from cowfs.block.alignment import Area, align_down, align_up, split, without
 from cowfs.block.chain import Chain
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.identity import forget, remember
+from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.block.rangelock import RangeLock
+from cowfs.block.sink import Sink
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import Busy, Unsupported
 
@@ -36,6 +39,17 @@ class Stats:
     copy_on_read_errors: int = 0
 
 
+class Span(NamedTuple):
+    """Layers, by their depth, that are merged into one below: from ``top`` down to above ``base``.
+
+    ``viewer`` is the layer as seen from which they are: ``top`` itself, or one above it that will be put on ``base``.
+    """
+
+    viewer: int
+    top: int
+    base: int
+
+
 class Stack(Chain):
     """Layers that can be copied into each other and rearranged. Belongs to one trio thread."""
 
@@ -46,17 +60,38 @@ class Stack(Chain):
         #: whether there may be something that the next periodic flush has to write
         self.changed = False
         self._trackers: list[WriteTracker] = []
+        #: seconds; the longest that guests have been held off all of the disk since somebody set this to 0
+        self.longest_pause = 0.0
+        #: there while the active layer is drained
+        self.sink: Sink | None = None
+        #: layers that no longer show the disk as it was, since a commit is changing what lies below them
+        self.spoiled: frozenset[Layer] = frozenset()
 
     @asynccontextmanager
     async def _holding(self, start: int, end: int) -> AsyncIterator[tuple[int, int]]:
         """Hold the clusters in a range of whatever layer is active when that is granted; yields their range."""
         while True:
-            top = self.layers[0]
-            first, last = align_down(start, top.cluster_size), align_up(end, top.cluster_size)
+            top, grain = self.layers[0], self._grain
+            first, last = align_down(start, grain), align_up(end, grain)
             async with self.lock.hold(first, last):
-                if self.layers[0] is top:
+                if self.layers[0] is top and self._grain == grain:
                     yield first, last
                     return
+
+    @property
+    def _grain(self) -> int:
+        """Bytes; what a write holds whole ones of."""
+        return self.cluster_size if self.sink is None else max(layer.cluster_size for layer in self.layers[:2])
+
+    @asynccontextmanager
+    async def _all_held(self) -> AsyncIterator[None]:
+        """Hold all of the disk, and count how long guests had to wait for that."""
+        asked = trio.current_time()
+        try:
+            async with self.lock.hold(0, EVERYWHERE):
+                yield
+        finally:
+            self.longest_pause = max(self.longest_pause, trio.current_time() - asked)
 
     def _about_to_write(self, offset: int, length: int) -> None:
         self.changed = True
@@ -65,11 +100,12 @@ class Stack(Chain):
 
     # -- copying between layers, for copy-on-read and jobs
 
-    async def copy_up(self, offset: int, length: int) -> int:
+    async def copy_up(self, offset: int, length: int, base: int | None = None) -> int:
         """Copy into the active layer what it takes from below in a range; returns the bytes that were copied.
 
         Takes the same lock as a write, and looks at the state under it: what the guest has written meanwhile
-        stays. Clusters that read as zeros are left alone.
+        stays. Clusters that read as zeros are left alone. With ``base``, only what the layers above that one hold is
+        copied, zeros too.
         """
         if not length or len(self.layers) == 1:
             return 0
@@ -82,19 +118,42 @@ class Stack(Chain):
             await self.layers[0].complete(start, end)
             for extent in await self.layers[0].map(start, end - start):
                 if extent.kind is Kind.UNALLOCATED:
-                    for first, last in await self._data_below(extent):
-                        await self._copy_clusters_up(first, last)
-                        copied += last - first
+                    copied += await self._copy_extent_up(extent, base or len(self.layers))
         self.stats.copied_up_bytes += copied
         return copied
 
-    async def _data_below(self, extent: Extent) -> list[tuple[int, int]]:
-        """Whole units in an extent for which any layer below holds data: [start, end), cut at the disk's end."""
-        areas: list[tuple[int, int]] = []
-        for piece in await self.resolve(extent.offset, extent.length, 1, holes=True):
-            if piece.extent.kind in (Kind.ZERO, Kind.UNALLOCATED):
-                continue
-            start, end, _, _ = split(piece.extent.offset, piece.extent.length, self.unit)
+    async def _copy_extent_up(self, extent: Extent, base: int) -> int:
+        copied = 0
+        pieces = await self.resolve(extent.offset, extent.length, 1, holes=True)
+        held = [piece for piece in pieces if piece.depth < base and piece.extent.kind is not Kind.UNALLOCATED]
+        data = self._units([piece.extent for piece in held if piece.extent.kind is not Kind.ZERO])
+        if base < len(self.layers):
+            for start, end in self._units([piece.extent for piece in held if piece.extent.kind is Kind.ZERO]):
+                for first, last in without(start, end, data):
+                    await self._hide(0, first, last, base)
+        for start, end in data:
+            await self._copy_clusters_up(start, end)
+            copied += end - start
+        return copied
+
+    async def hide(self, above: int, start: int, end: int, base: int) -> None:
+        """Have a layer hold zeros where it has nothing itself and would show more of layer ``base`` than it should."""
+        async with self.lock.hold(align_down(start, self.layers[above].unit), align_up(end, self.layers[above].unit)):
+            for extent in await self.layers[above].map(start, end - start):
+                if extent.kind is Kind.UNALLOCATED:
+                    await self._hide(above, extent.offset, extent.end, base)
+
+    async def _hide(self, above: int, start: int, end: int, base: int) -> None:
+        below = await self.resolve(start, end - start, base, holes=True)
+        if any(piece.extent.kind not in (Kind.ZERO, Kind.UNALLOCATED) for piece in below):
+            self.changed = True
+            await self.zero_layer(above, start, end - start)
+
+    def _units(self, extents: Sequence[Extent]) -> list[Area]:
+        """Whole units of the active layer that extents lie in, cut at the disk's end."""
+        areas: list[Area] = []
+        for extent in extents:
+            start, end, _, _ = split(extent.offset, extent.length, self.unit)
             if areas and start <= areas[-1][1]:
                 start = areas.pop()[0]
             areas.append((start, min(end, self.size)))
@@ -106,44 +165,56 @@ class Stack(Chain):
         self.changed = True
         await self.layers[0].write_clusters(start, [data, bytes(padding)] if padding else [data])
 
-    async def copy_down(self, offset: int, length: int, base: int = 1) -> int:
-        """Copy into layer ``base`` what the layers above it hold in a range; returns the bytes that were copied.
+    async def taken(self, span: Span, offset: int, length: int) -> list[Extent]:
+        """Extents of a range in which the viewer of a span takes anything from it."""
+        pieces = await self._resolve(self.layers[: span.base], span.viewer, offset, length, holes=False)
+        return [
+            piece.extent for piece in pieces if piece.depth >= span.top and piece.extent.kind is not Kind.UNALLOCATED
+        ]
+
+    async def copy_down(self, offset: int, length: int, span: Span) -> int:
+        """Copy into a span's base what its viewer takes from it in a range; returns the bytes that were copied.
 
         ``offset`` and ``length`` are multiples of the cluster sizes, but for the end of the disk.
         """
         async with self.lock.hold(offset, offset + length):
-            return await self._copy_down(offset, length, base)
+            return await self._copy_down(offset, length, span)
 
-    async def _copy_down(self, offset: int, length: int, base: int) -> int:
+    async def _copy_down(self, offset: int, length: int, span: Span) -> int:
         copied = 0
-        for depth, extent in await self.resolve(offset, length, holes=True):
-            if depth >= base:
+        base = self.layers[span.base]
+        length = min(length, self.layers[span.viewer].size - offset)
+        for depth, extent in await self.resolve(offset, length, span.viewer, holes=True):
+            # what ends before the viewer does is seen with zeros after that, and so is the base
+            size = min(extent.length, base.size - extent.offset)
+            if not span.top <= depth < span.base or size <= 0:
                 continue
             if extent.kind is Kind.ZERO:
-                await self.zero_layer(base, extent.offset, extent.length)
+                await self.zero_layer(span.base, extent.offset, size)
             else:
-                data = await self.read(extent.offset, extent.length)
-                await self.write_layer(base, extent.offset, memoryview(data))
-                copied += extent.length
+                data = await self.read(extent.offset, size, span.viewer)
+                await self.write_layer(span.base, extent.offset, memoryview(data))
+                copied += size
         return copied
 
     async def drop(self, offset: int, length: int, unless: WriteTracker) -> bool:
-        """Forget in the active layer what the layer below holds durably; False if ``unless`` saw a write there.
+        """Forget in the active layer what the layer below holds durably; False if ``unless`` saw writes there.
 
-        ``offset`` and ``length`` are multiples of the cluster size, but for the end of the disk.
+        Where it did, the clusters stay. ``offset`` and ``length`` are multiples of the cluster size, but for the end
+        of the disk.
         """
         end = align_up(offset + length, self.cluster_size)
         async with self.lock.hold(offset, end):
-            if unless.touched(offset, length):
-                return False
-            await self._drop(offset, end)
-        return True
+            touched = unless.touched(offset, end, self.cluster_size)
+            for first, last in without(offset, end, touched):
+                await self._drop(first, last)
+        return not touched
 
     async def push_down(self, offset: int, length: int) -> int:
-        """Copy a range down, make it durable there, and drop it, with guests held off that range meanwhile."""
+        """Copy a range of the active layer down, make it durable there, and drop it, with guests held off it."""
         end = align_up(offset + length, self.cluster_size)
         async with self.lock.hold(offset, end):
-            copied = await self._copy_down(offset, length, 1)
+            copied = await self._copy_down(offset, length, Span(0, 0, 1))
             await self.layers[1].flush()
             await self._drop(offset, end)
         return copied
@@ -168,6 +239,8 @@ class Stack(Chain):
 
     async def flush(self) -> None:
         """Make durable every write that was answered before this call."""
+        if self.sink is not None:
+            await self.sink.flush()
         await self.layers[0].flush()
 
     def _activate(self, top: Layer) -> None:
@@ -180,6 +253,8 @@ class Stack(Chain):
             raise Unsupported("disks can only grow, not shrink", file=layer.name)
         async with self.lock.hold(0, EVERYWHERE):
             self.changed = True
+            if self.sink is not None:
+                self.sink.strayed = True
             below = self.layers[depth + 1].size if depth + 1 < len(self.layers) else 0
             await self._zero_tail(depth, shows_below=below > layer.size)
             with trio.CancelScope(shield=True):
@@ -233,21 +308,87 @@ class Stack(Chain):
             with trio.CancelScope(shield=True):
                 await self.set_layer_writable(depth, False)
 
-    async def drop_backing(self) -> None:
-        """Make the active layer the whole chain. The caller has seen to it that nothing is taken from below.
+    async def remember_below(self, depth: int) -> None:
+        """Have each layer above one remember anew what is below it, from there up, where it can be done harmlessly."""
+        for above in range(depth - 1, -1, -1):
+            layer = self.layers[above]
+            if above and (layer.image.spoiled_by_writing or layer.image.unwritable is not None):
+                continue
+            if above:
+                await layer.set_writable(True)
+            try:
+                await remember(layer, self.layers[above + 1])
+            finally:
+                if above:
+                    with trio.CancelScope(shield=True):
+                        await layer.set_writable(False)
 
-        Everything is durable before the header changes, and the header changes at once.
+    async def cut_out(self, above: int, below: int | None, backing: Backing | None) -> list[Layer]:
+        """Take the layers between two out of the chain, or all that are below one; returns them, still open.
+
+        ``backing`` is what the header of the layer above says from then on. It is open for writing, and the caller has
+        seen to it that it takes nothing from those layers that the one below would not give, durably. Everything
+        of the active layer is durable before the header changes, and the header changes at once.
         """
         await self.flush()
-        async with self.lock.hold(0, EVERYWHERE):
+        end = len(self.layers) if below is None else below
+        async with self._all_held():
             # from here on there is no way back: memory and disk must agree on what the chain is
             with trio.CancelScope(shield=True):
-                await self.layers[0].set_backing(None)
-                below, self.layers = self.layers[1:], self.layers[:1]
+                await self.layers[above].set_backing(backing)
+                removed = list(self.layers[above + 1 : end])
+                self.layers = self.layers[: above + 1] + self.layers[end:]
+                self.spoiled -= set(removed)
         with trio.CancelScope(shield=True):
             await self.readers.gone()
-            for layer in below:
+        return removed
+
+    async def drop_backing(self) -> None:
+        """Make the active layer the whole chain. The caller has seen to it that nothing is taken from below."""
+        removed = await self.cut_out(0, None, None)
+        with trio.CancelScope(shield=True):
+            for layer in removed:
                 await layer.close()
+
+    async def open_sink(self) -> None:
+        """From now on, let guests write to the layer below what the active layer has no space for."""
+        await self.layers[0].complete(0, self.size)
+        async with self._all_held():
+            await self.layers[0].end_partial()
+            self.sink = self.sink or Sink(self)
+
+    async def close_sink(self) -> None:
+        """Let guests write to the active layer again, what was written below being durable.
+
+        If that cannot be had, the error is raised and all goes on as before, so that no flush claims more than is.
+        """
+        if self.sink is None:
+            return
+        await self.sink.flush()
+        async with self._all_held():
+            with trio.CancelScope(shield=True):
+                await self.sink.flush()
+                self.sink = None
+                self._activate(self.layers[0])
+
+    async def leave_top(self) -> Layer | None:
+        """Make the layer below the active one, which holds nothing, the active one; returns the old one, still open.
+
+        None, and nothing has changed, if it does hold something: writes have strayed into it.
+        """
+        assert self.sink is not None
+        # what was dropped must never be seen again, also if somebody opens the old layer after a crash
+        await self.flush()
+        async with self._all_held():
+            if self.sink.strayed or self.layers[1].size != self.size:
+                return None
+            top, self.layers = self.layers[0], self.layers[1:]
+            self.sink = None
+            self.changed = True
+            self._activate(self.layers[0])
+        with trio.CancelScope(shield=True):
+            await self.readers.gone()
+        return top
 
     async def push(self, layer: Layer) -> None:
         """Put an empty overlay of the disk's size on top, at once; the layer below is durable and read-only then.
@@ -256,7 +397,7 @@ class Stack(Chain):
         """
         # most of what there is to write, while guests go on
         await self.flush()
-        async with self.lock.hold(0, EVERYWHERE):
+        async with self._all_held():
             old = self.layers[0]
             if layer.size != self.size:
                 raise Busy(f"has {self.size} bytes, and its overlay {layer.size}", file=old.name)
@@ -267,8 +408,7 @@ class Stack(Chain):
                 except BaseException:
                     await old.set_writable(True)
                     raise
-                if old.partial is not None:
-                    old.partial.close()
+                await old.end_partial()
                 self._adopt(layer)
                 self._activate(layer)
                 self.layers = (layer, *self.layers)

@@ -11,6 +11,7 @@ from cowfs.block.disk import FLUSH_INTERVAL, Disk
 from cowfs.block.identity import remember, require_unchanged
 from cowfs.block.image import Backing, Image
 from cowfs.block.layer import Layer
+from cowfs.block.merged import require_unmerged
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.block.snapshots import SnapshotKey
 from cowfs.errors import CowfsError, InvalidImage, NotFound, Unsupported, blaming
@@ -112,6 +113,7 @@ async def open_chain(
                 seen.add(storage.identity)
             if len(layers) > MAX_DEPTH:
                 raise InvalidImage(f"the chain has more than {MAX_DEPTH} layers", file=name)
+            require_unmerged(layers[-1])
             source = backing_source(source.name, image.backing) if image.backing else None
         if not opening.trusting:
             for above, below in pairwise(layers):
@@ -211,3 +213,11 @@ def backing_source(name: str, backing: Backing) -> Source:
     elif (protocol := _PROTOCOL.match(text)) is not None:
         raise Unsupported(f"its backing file '{text}' is no local file ('{protocol[1]}')", file=name)
     return Source(_beside(name, text), backing.format)
+
+
+def backing_name(name: str, above: str) -> str:
+    """Return how an image calls its backing file: by its mere name in the same directory, absolutely elsewhere."""
+    folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100
+    if os.path.realpath(folder) == os.path.realpath(os.path.dirname(above)):  # noqa: PTH120
+        return base
+    return os.path.join(folder, base)  # noqa: PTH118

@@ -8,7 +8,7 @@ from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.errors import UsageError
-from cowfs.formats.chain import Opening, open_image
+from cowfs.formats.chain import Opening, backing_name, open_image
 from cowfs.formats.create import create_image, remove_image
 from cowfs.formats.registry import format_named
 
@@ -28,7 +28,7 @@ async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> N
     if opening.vet is not None:
         await opening.vet(path)
     active.require_writable()
-    backing = Backing(_name_for(active.name, path), active.format)
+    backing = Backing(backing_name(active.name, path), active.format)
     # what the layers below are is known; nobody could open the active one now
     await create_image(path, format, disk.size, backing, trust_backing=True)
     try:
@@ -42,11 +42,3 @@ async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> N
     except BaseException:
         remove_image(path, {})
         raise
-
-
-def _name_for(name: str, above: str) -> str:
-    """Return how an image calls its backing file: by its mere name in the same directory, absolutely elsewhere."""
-    folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100
-    if os.path.realpath(folder) == os.path.realpath(os.path.dirname(above)):  # noqa: PTH120
-        return base
-    return os.path.join(folder, base)  # noqa: PTH118

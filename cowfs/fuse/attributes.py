@@ -53,6 +53,8 @@ class Attributes:
         layers = node.served.disk.layers
         below = layers[layers.index(node.layer) :] if node.layer in layers else ()
         entry.st_mode = stat.S_IFREG | self._mode & 0o444
+        # jobs change the numbers that layers have
+        entry.entry_timeout = 0
         entry.st_size = node.layer.size
         entry.st_blocks = sum(storage.allocated for layer in below for storage in layer.storages) // 512
 

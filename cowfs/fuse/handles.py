@@ -5,7 +5,7 @@ import select
 import pyfuse3
 
 from cowfs.block.disk import Disk
-from cowfs.errors import NotFound, NotPermitted, UsageError
+from cowfs.errors import NotFound, NotPermitted, Stale, UsageError
 from cowfs.fuse.tree import ControlNode, FlatFile, LayerFile, Node
 
 #: what poll(2) says of a file that is always ready
@@ -74,10 +74,12 @@ class LayerHandle(Handle):
         self.served.open_files += 1
 
     async def read(self, offset: int, size: int) -> bytes | bytearray:
-        """Read as of this layer; NotFound once it has left the chain."""
+        """Read as of this layer; `Stale` once it has left the chain, or shows no disk any more."""
         disk = self.served.disk
         if self._layer not in disk.layers:
-            raise NotFound("is no longer a layer of the chain", file=self._layer.name)
+            raise Stale("is no longer a layer of the chain", file=self._layer.name)
+        if self._layer in disk.spoiled:
+            raise Stale("is being merged into a layer below it, by a commit", file=self._layer.name)
         length = min(size, self._layer.size - offset)
         return await disk.read(offset, length, disk.layers.index(self._layer)) if length > 0 else b""
 

@@ -1,23 +1,31 @@
-"""Commit: merge the active layer down into its backing; the layer is emptied and stays on top.
+"""Commit: merge layers down into one below them.
 
-Into a base further down, or if asked to, all layers above it are merged and left as they are: the disk's content is the
-same, whichever of them it is read from.
+What lies between the merged layers' base and the layer above them is copied into the base first, and taken out of the
+chain by one header write of the layer above. If the active layer is to be merged, its own content follows: it is
+drained, cluster by cluster, and stays on top empty, or is left behind (``pivot``).
 
 A cluster is dropped from the active layer only when its copy below is durable, and only if no guest wrote to
 it since it was copied. So a crash at any moment leaves the disk's content as it was, and running the job
 again ends in the same result.
 """
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from enum import Enum
 from functools import partial
 
 import trio
 
-from cowfs.block.alignment import align_down, align_up
+from cowfs.block.alignment import Area, align_down, align_up
 from cowfs.block.disk import Disk
+from cowfs.block.image import Backing
+from cowfs.block.layer import Layer
+from cowfs.block.merged import mark_layer
+from cowfs.block.stack import Span
 from cowfs.block.writetracker import WriteTracker
-from cowfs.errors import UsageError
-from cowfs.jobs.job import Job, OnError
+from cowfs.errors import CowfsError, UsageError
+from cowfs.formats.chain import backing_name
+from cowfs.jobs.job import Job, OnError, log
 
 #: bytes copied between two looks at pause, speed and cancel
 STEP = 1 << 20
@@ -27,14 +35,28 @@ BATCH = 64 << 20
 SECTOR = 512
 #: bytes of the disk whose mapping is looked up at once
 WINDOW = 256 << 20
+#: times that the disk is gone through with guests left alone, before they are held off what is left, step by step
+GENTLE_PASSES = 2
 
-Area = tuple[int, int]
+#: what is left to do of an active layer: all that it holds
+DRAINED = Span(0, 0, 1)
+
+
+class Pivot(str, Enum):
+    """What becomes of the active layer once it is drained."""
+
+    #: it stays, empty
+    NO = "no"
+    #: it is left behind, and its base is the active layer
+    YES = "yes"
+    #: the job is ready then, and pivots when it is told to complete
+    WAIT = "wait"
 
 
 class Commit(Job):
-    """Copy down what the active layer holds, batch by batch, and drop it there.
+    """Merge the layers from ``top`` (the active one) down into ``base`` (what is below ``top``).
 
-    With ``keep``, which a ``base`` deeper than layer 1 needs, nothing is dropped, and nobody may write to the disk.
+    With ``keep``, for disks that nobody writes to, they are copied and all stay as they are.
     """
 
     verb = "commit"
@@ -43,81 +65,242 @@ class Commit(Job):
         self,
         disk: Disk,
         *,
+        top: Layer | None = None,
+        base: Layer | None = None,
+        pivot: Pivot = Pivot.NO,
+        keep: bool = False,
         speed: int = 0,
         on_error: OnError = OnError.REPORT,
-        base: int = 1,
-        keep: bool = False,
     ) -> None:
-        assert keep or base == 1, "what several layers hold cannot be dropped in one"
         super().__init__(disk, speed=speed, on_error=on_error)
-        self._base = base
+        layers = disk.layers
+        if len(layers) == 1:
+            raise UsageError("there is no backing file to commit into", file=layers[0].name)
+        self._top = layers[0] if top is None else top
+        below = layers[layers.index(self._top) + 1 :]
+        if not below:
+            raise UsageError("there is no layer below it to commit into", file=self._top.name)
+        self._base = below[0] if base is None else base
+        if self._base not in below:
+            raise UsageError(
+                f"does not lie below {self._top.name}, and nothing is committed upwards", file=self._base.name
+            )
+        self._is_active = self._top is layers[0]
+        if not self._is_active and pivot is not Pivot.NO:
+            raise UsageError(f"pivot={pivot.value} is for commits of the active layer", file=self._top.name)
+        if pivot is not Pivot.NO:
+            self._check_size()
+        self._pivot = pivot
         self._keep = keep
-        self._step = max(STEP, *(layer.cluster_size for layer in disk.layers[: base + 1]))
+        self._step = max(STEP, *(layer.cluster_size for layer in layers))
 
     async def work(self) -> None:
-        """One pass that leaves guests alone, then one over what they wrote meanwhile, cluster by cluster."""
+        """Copy, relink, drain, pivot; as far as that is asked for."""
+        self.disk.layers[0].require_writable()
+        with self.disk.copying_on_read_held():
+            async with self._base_open():
+                if self._keep:
+                    await self._copy(Span(0, 0, self._depth))
+                    self.require_no_errors()
+                    return
+                await self._merge_between()
+                if self._is_active:
+                    await self._drain()
+        if self._is_active and self._pivot is Pivot.NO:
+            await self.disk.flush()
+            await self.disk.compact()
+
+    @property
+    def _depth(self) -> int:
+        return self.disk.layers.index(self._base)
+
+    @asynccontextmanager
+    async def _base_open(self) -> AsyncIterator[None]:
+        """Have the base open for writing, and the layers that will be of no use locked, as long as this needs them."""
         disk = self.disk
-        if len(disk.layers) == 1:
-            raise UsageError("there is no backing file to commit into", file=disk.layers[0].name)
-        disk.layers[0].require_writable()
-        with disk.copying_on_read_held():
-            await disk.set_layer_writable(self._base, True)
-            try:
-                await (self._copy_all() if self._keep else self._merge())
-                self.require_no_errors()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await disk.set_layer_writable(self._base, False)
-            if not self._keep:
-                await disk.flush()
-                await disk.compact()
+        await disk.set_layer_writable(self._depth, True)
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                if self._depth:
+                    await disk.set_layer_writable(self._depth, False)
+        if not self._keep:
+            await disk.remember_below(self._depth)
 
-    async def _copy_all(self) -> None:
-        await self._make_room()
-        for position in range(0, self.disk.size, WINDOW):
-            end = min(position + WINDOW, self.disk.size)
-            for start, stop in await self._held(position, end):
-                copied = await self.attempt(partial(self.disk.copy_down, start, stop - start, self._base))
-                await self.advance(stop, copied or 0)
-            await self.advance(end, 0)
+    # -- layers between the base and the one that is put on it
 
-    async def _merge(self) -> None:
+    async def _merge_between(self) -> None:
         disk = self.disk
-        with disk.track_writes(self._step) as tracker:
-            position = 0
-            while position < disk.size:
-                await self._make_room()
-                end = min(position + WINDOW, disk.size)
-                await self._copy_batches(await self._held(position, end), tracker)
-                position = end
-                await self.advance(position, 0)
-        for start in range(0, disk.size, WINDOW):
-            await self._make_room()
-            for area in await self._held(start, min(start + WINDOW, disk.size)):
-                copied = await self.attempt(partial(disk.push_down, area[0], area[1] - area[0]))
-                await self.advance(area[1], copied or 0)
+        first = 1 if self._is_active else disk.layers.index(self._top)
+        between = disk.layers[first : self._depth]
+        if not between:
+            return
+        span = Span(0 if self._is_active else first, first, self._depth)
+        async with self._prepared(span, between):
+            await self._copy(span)
+            self.require_no_errors()
+            await self.attempt(self._base.flush)
+            await self._relink(first - 1)
 
-    async def _make_room(self) -> None:
-        """The base must be as large as the disk; a larger one stays as it is."""
-        self.length = self.disk.size
-        if self.disk.layers[self._base].size < self.length:
-            await self.disk.grow_layer(self._base, align_up(self.length, SECTOR))
+    @asynccontextmanager
+    async def _prepared(self, span: Span, between: tuple[Layer, ...]) -> AsyncIterator[None]:
+        """Have all layers open for writing that will be written to at the end: nothing must stand in the way then."""
+        disk, above = self.disk, self.disk.layers[span.top - 1]
+        opened: list[Layer] = []
+        # on the base as it becomes, the deeper ones of them make no disk
+        disk.spoiled |= set(between[1:])
+        try:
+            if span.top > 1:
+                await disk.set_layer_writable(span.top - 1, True)
+            for layer in between:
+                await layer.reopen(writable=True)
+                opened.append(layer)
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                disk.spoiled -= set(between)
+                for layer in opened:
+                    if layer in disk.layers:
+                        await layer.reopen(writable=False)
+                if span.top > 1 and not above.storage.read_only:
+                    await disk.set_layer_writable(span.top - 1, False)
 
-    async def _held(self, start: int, end: int) -> list[Area]:
-        """Steps of a range in which a layer above the base holds anything: [start, end), aligned to steps."""
+    async def _relink(self, above: int) -> None:
+        """Put the layer at depth ``above`` on the base, and mark what lay between as of no use."""
+        disk, layer, base = self.disk, self.disk.layers[above], self._base
+        await self._hide_tail(above)
+        backing = Backing(backing_name(base.name, layer.name), base.format)
+        removed = await disk.cut_out(above, self._depth, backing)
+        with trio.CancelScope(shield=True):
+            for old in removed:
+                await self._retire(old)
+
+    async def _hide_tail(self, above: int) -> None:
+        """What ends before the layer above does is seen with zeros after that; a longer base has other bytes there."""
+        disk = self.disk
+        layer, below = disk.layers[above], disk.layers[above + 1]
+        for start in range(below.size, min(layer.size, self._base.size), WINDOW):
+            if not self._is_active:
+                await disk.hide(above, start, min(start + WINDOW, layer.size, self._base.size), self._depth)
+
+    async def _retire(self, layer: Layer) -> None:
+        """Mark a layer that is out of the chain, and close it."""
+        try:
+            await mark_layer(layer, self._base.name)
+        except CowfsError as error:
+            # the merge is done, whatever becomes of its leftovers
+            self.error = f"could not be marked as merged, and must not be used: {error}"
+            log.error("%s: %s", self.verb, self.error)
+        finally:
+            await layer.close()
+
+    # -- copying
+
+    async def _copy(self, span: Span) -> None:
+        """Copy what a span's viewer takes from it; nobody else writes to those layers, so once is enough."""
+        disk = self.disk
+        await self._make_room(disk.layers[span.viewer].size)
+        # if the active layer is to be drained after this, that is what tells how far the job is
+        counts = self._keep or not self._is_active
+        for start in range(0, self.length, WINDOW):
+            end = min(start + WINDOW, self.length)
+            for first, last in await self._held(span, start, end):
+                copied = await self.attempt(partial(disk.copy_down, first, last - first, span))
+                await self.advance(last if counts else 0, copied or 0)
+            await self.advance(end if counts else 0, 0)
+
+    async def _make_room(self, size: int) -> None:
+        """The base must be as large as what is merged into it; a larger one stays as it is."""
+        self.length = size
+        if self._base.size < size:
+            await self.disk.grow_layer(self._depth, align_up(size, SECTOR))
+
+    async def _held(self, span: Span, start: int, end: int) -> list[Area]:
+        """Steps of a range in which a span holds anything: [start, end), aligned to steps."""
         areas: list[Area] = []
-        for extent in await self.disk.held_above(self._base, start, end - start):
+        for extent in await self.disk.taken(span, start, end - start):
             first = max(align_down(extent.offset, self._step), areas[-1][1] if areas else 0)
             for position in range(first, min(align_up(extent.end, self._step), end), self._step):
                 areas.append((position, min(position + self._step, end)))
         return areas
 
+    # -- emptying the active layer
+
+    def _check_size(self) -> None:
+        if self._base.size > self.disk.size:
+            raise UsageError(
+                f"has {self._base.size} bytes, more than the disk's {self.disk.size}: with a pivot the disk would grow;"
+                " resize it first, or commit with pivot=no",
+                file=self._base.name,
+            )
+
+    async def _drain(self) -> None:
+        disk = self.disk
+        await self._make_room(disk.size)
+        await disk.open_sink()
+        try:
+            await self._empty()
+            if self._pivot is Pivot.WAIT:
+                await self.ready()
+            if self._pivot is not Pivot.NO:
+                await self._leave_top()
+        finally:
+            with trio.CancelScope(shield=True):
+                await disk.close_sink()
+
+    async def _leave_top(self) -> None:
+        disk = self.disk
+        while True:
+            with trio.CancelScope(shield=True):
+                top = await disk.leave_top()
+                if top is not None:
+                    await self._retire(top)
+                    return
+            await self._empty()
+
+    async def _empty(self) -> None:
+        """Go through the disk until the active layer holds nothing; guests write next to nothing to it meanwhile."""
+        disk = self.disk
+        with disk.track_writes(max(disk.cluster_size, 4096)) as tracker:
+            number = 0
+            while await self._pass(tracker if number < GENTLE_PASSES else None):
+                number += 1
+                if number > GENTLE_PASSES:
+                    # what fails again and again is left out in the end
+                    self.require_no_errors()
+        self.require_no_errors()
+
+    async def _pass(self, tracker: WriteTracker | None) -> bool:
+        """Go through the disk once; False if the active layer holds nothing, and has held nothing all along."""
+        disk = self.disk
+        if disk.sink is not None:
+            disk.sink.strayed = False
+        await self._make_room(disk.size)
+        found = False
+        position = 0
+        while position < disk.size:
+            end = min(position + WINDOW, disk.size)
+            areas = await self._held(DRAINED, position, end)
+            found = found or bool(areas)
+            if tracker is not None:
+                await self._copy_batches(areas, tracker)
+            else:
+                for start, stop in areas:
+                    copied = await self.attempt(partial(disk.push_down, start, stop - start))
+                    await self.advance(stop, copied or 0)
+            position = end
+            await self.advance(position, 0)
+        return found or (disk.sink is not None and disk.sink.strayed)
+
     async def _copy_batches(self, areas: Iterable[Area], tracker: WriteTracker) -> None:
         batch: list[Area] = []
         size = 0
         for start, end in areas:
+            if not batch:
+                tracker.restart()
             tracker.clear(start, end - start)
-            copied = await self.attempt(partial(self.disk.copy_down, start, end - start))
+            copied = await self.attempt(partial(self.disk.copy_down, start, end - start, DRAINED))
             if copied is not None:
                 batch.append((start, end))
                 size += end - start
@@ -130,6 +313,6 @@ class Commit(Job):
     async def _drop(self, batch: list[Area], tracker: WriteTracker) -> None:
         """Make a batch durable below, then forget above what has not been written again since."""
         if batch:
-            await self.disk.layers[1].flush()
+            await self._base.flush()
             for start, end in batch:
                 await self.disk.drop(start, end - start, tracker)

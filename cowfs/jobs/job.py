@@ -72,6 +72,7 @@ class Job(ABC):
         self._retimed = trio.Event()
         self._not_before = 0.0
         self._recent: deque[tuple[float, int]] = deque()
+        self._completed = trio.Event()
         self._done = trio.Event()
 
     # -- for whoever commands it
@@ -80,6 +81,7 @@ class Job(ABC):
         """Work until the end, whatever that is; never raises but for a cancellation from outside."""
         self._not_before = trio.current_time()
         self._recent.append((trio.current_time(), 0))
+        self.disk.longest_pause = 0.0
         self._enter(State.RUNNING)
         outcome = State.FAILED
         try:
@@ -128,6 +130,7 @@ class Job(ABC):
     def complete(self) -> None:
         """Tell a job that is ready to finish."""
         self._require("complete", State.READY)
+        self._completed.set()
 
     def set_speed(self, speed: int) -> None:
         """Limit what is copied to ``speed`` bytes a second; 0 lifts the limit."""
@@ -142,6 +145,11 @@ class Job(ABC):
         if self.state is State.COMPLETED or not self.length:
             return 100.0
         return 100.0 * self.offset / self.length
+
+    @property
+    def longest_pause(self) -> float:
+        """Seconds; the longest that the job has held guests off all of the disk at once."""
+        return self.disk.longest_pause
 
     @property
     def rate(self) -> int:
@@ -192,6 +200,12 @@ class Job(ABC):
                 self.pause()
             while self.state is State.PAUSED:
                 await self._resumed.wait()
+
+    async def ready(self) -> None:
+        """Be ready, and wait until told to complete."""
+        self._enter(State.READY)
+        await self._completed.wait()
+        self._enter(State.RUNNING)
 
     def require_no_errors(self) -> None:
         """Raise the first error that was ignored; called before a step that needs all the others."""

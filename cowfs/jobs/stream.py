@@ -1,12 +1,19 @@
-"""Stream: fill the active layer from its backing until it needs none.
+"""Stream: fill the active layer from its backing until it needs none, or no more than a layer further down.
 
 Streaming is copy-on-read walked along the disk by a loop. It knows nothing of any format.
 """
 
 from functools import partial
 
+import trio
+
+from cowfs.block.disk import Disk
 from cowfs.block.extent import Kind
-from cowfs.jobs.job import Job
+from cowfs.block.image import Backing
+from cowfs.block.layer import Layer
+from cowfs.errors import UsageError
+from cowfs.formats.chain import backing_name
+from cowfs.jobs.job import Job, OnError
 
 #: bytes copied between two looks at pause, speed and cancel
 STEP = 1 << 20
@@ -15,39 +22,60 @@ WINDOW = 256 << 20
 
 
 class Stream(Job):
-    """Copy up everything that the layers below hold, then drop the backing link."""
+    """Copy up everything that the layers below hold, down to ``base`` or all of them, then let go of them."""
 
     verb = "stream"
+
+    def __init__(
+        self, disk: Disk, *, base: Layer | None = None, speed: int = 0, on_error: OnError = OnError.REPORT
+    ) -> None:
+        super().__init__(disk, speed=speed, on_error=on_error)
+        if base is disk.layers[0]:
+            raise UsageError("the base of a stream lies below the active layer", file=base.name)
+        self._base = base
 
     async def work(self) -> None:
         """Walk the disk once. What guests write or read meanwhile only makes the work less."""
         disk = self.disk
-        if len(disk.layers) == 1:
+        end = len(disk.layers) if self._base is None else disk.layers.index(self._base)
+        if end == 1:
             return
         disk.layers[0].require_writable()
         position = 0
         while position < disk.size:
             self.length = disk.size
-            end = min(position + WINDOW, disk.size)
-            for start, stop in await self.attempt(partial(self._below, position, end)) or ():
-                await self._copy(start, stop)
-            position = end
+            stop = min(position + WINDOW, disk.size)
+            for first, last in await self.attempt(partial(self._below, position, stop, end)) or ():
+                await self._copy(first, last, end)
+            position = stop
             await self.advance(position, 0)
         await self.attempt(disk.flush)
         self.require_no_errors()
-        await disk.drop_backing()
+        await self._let_go(end)
 
-    async def _below(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Ranges that hold data in a layer below the active one."""
+    async def _below(self, start: int, stop: int, end: int) -> list[tuple[int, int]]:
+        """Ranges that the layers between the active one and depth ``end`` hold; zeros count if something is below."""
+        empty = {Kind.UNALLOCATED} if self._base is not None else {Kind.UNALLOCATED, Kind.ZERO}
         return [
             (piece.extent.offset, piece.extent.end)
-            for piece in await self.disk.resolve(start, end - start, holes=True)
-            if piece.depth and piece.extent.kind not in (Kind.ZERO, Kind.UNALLOCATED)
+            for piece in await self.disk.resolve(start, stop - start, holes=True)
+            if 0 < piece.depth < end and piece.extent.kind not in empty
         ]
 
-    async def _copy(self, start: int, end: int) -> None:
+    async def _copy(self, start: int, stop: int, end: int) -> None:
         step = max(STEP, self.disk.cluster_size)
-        for position in range(start, end, step):
-            size = min(step, end - position)
-            copied = await self.attempt(partial(self.disk.copy_up, position, size))
+        for position in range(start, stop, step):
+            size = min(step, stop - position)
+            copied = await self.attempt(partial(self.disk.copy_up, position, size, end))
             await self.advance(position + size, copied or 0)
+
+    async def _let_go(self, end: int) -> None:
+        """Take what is not needed any more out of the chain."""
+        disk, top, base = self.disk, self.disk.layers[0], self._base
+        backing = None if base is None else Backing(backing_name(base.name, top.name), base.format)
+        removed = await disk.cut_out(0, None if base is None else end, backing)
+        with trio.CancelScope(shield=True):
+            for layer in removed:
+                await layer.close()
+            if base is not None:
+                await disk.remember_below(1)

@@ -12,6 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
+from cowfs.block.stack import Span
 from cowfs.errors import StorageError
 from cowfs.formats import qcow2, qed
 from cowfs.formats.raw import RawImage
@@ -212,7 +213,7 @@ async def test_a_write_between_copy_and_drop_stays_in_the_overlay(format: str) -
         await s.write(0, b"one" * 1000)
         with s.disk.track_writes(CLUSTER) as tracker:
             await s.disk.set_layer_writable(1, True)
-            await s.disk.copy_down(0, CLUSTER)
+            await s.disk.copy_down(0, CLUSTER, Span(0, 0, 1))
             await s.write(0, b"two" * 1000)
             assert not await s.disk.drop(0, CLUSTER, tracker)
         await s.verify()

@@ -1,0 +1,90 @@
+"""Draining that comes to an end: what the active layer has no space for is written to the layer below it.
+
+While a commit empties the active layer, guests go on writing. Were that written to the active layer as ever, a guest
+that writes faster than the commit copies would keep it from ending. So from when the draining begins, only what the
+active layer holds already is written there; everything else goes where it would be copied to in the end. The active
+layer only loses, each of its clusters is copied down a bounded number of times, and what guests read is the same all
+along, whatever is on its way.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from cowfs.block.chain import Chain
+from cowfs.block.extent import Extent, Kind
+from cowfs.errors import CowfsError, StorageError
+
+log = logging.getLogger(__name__)
+
+
+class Sink:
+    """Where writes of guests go while the active layer is drained into the one below, which is open for writing.
+
+    Whoever writes holds whole clusters of both layers.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        #: whether anything went to the active layer after all: the layer below failed, or is too small
+        self.strayed = False
+        # whether the layer below holds something that is not durable
+        self._is_unsafe = False
+        self._is_failing = False
+
+    def write_now(self, offset: int, data: bytes | bytearray | memoryview, extents: Sequence[Extent]) -> bool:
+        """Overwrite what the layer below has allocated, without suspending; False if that is not all it takes.
+
+        ``extents`` is what the active layer says of the range.
+        """
+        below = self._chain.layers[1]
+        if any(extent.kind is not Kind.UNALLOCATED for extent in extents) or offset + len(data) > below.size:
+            return False
+        places = below.map_now(offset, len(data))
+        if places is None or not below.begun or offset < below.image.vetted:
+            return False
+        if any(place.kind is not Kind.DATA for place in places):
+            return False
+        self._is_unsafe = True
+        view = memoryview(data)
+        try:
+            return all(
+                below.data_storage.write_now(place.host_offset, (view[place.offset - offset :][: place.length],))
+                for place in places
+            )
+        except CowfsError:
+            # it is tried again, and the active layer takes it if need be
+            return False
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write each part to the layer that has it, or else below; above, if the layer below cannot take it."""
+        chain = self._chain
+        for extent in await chain.layers[0].map(offset, len(data)):
+            part = data[extent.offset - offset : extent.end - offset]
+            if extent.kind is Kind.UNALLOCATED and await self._write_below(extent, part):
+                continue
+            await chain.write_layer(0, extent.offset, part)
+
+    async def _write_below(self, extent: Extent, data: memoryview) -> bool:
+        if extent.end <= self._chain.layers[1].size:
+            self._is_unsafe = True
+            try:
+                await self._chain.write_layer(1, extent.offset, data)
+            except StorageError as error:
+                if not self._is_failing:
+                    log.warning("commit: %s; meanwhile the active layer takes what guests write", error)
+                self._is_failing = True
+            else:
+                self._is_failing = False
+                return True
+        self.strayed = True
+        return False
+
+    async def flush(self) -> None:
+        """Make durable what was written below."""
+        if self._is_unsafe:
+            self._is_unsafe = False
+            try:
+                await self._chain.layers[1].flush()
+            except BaseException:
+                self._is_unsafe = True
+                raise
