@@ -3,8 +3,9 @@
 import click
 
 from cowfs.block.disk import Disk
-from cowfs.cli.jobs import offline_policy, on_error_option, run_live, run_offline
+from cowfs.cli.jobs import offline_policy, on_error_option, run_offline
 from cowfs.cli.live import find_live
+from cowfs.cli.livejobs import run_live
 from cowfs.cli.options import cache_option, parse_size_for, quiet_option
 from cowfs.errors import UsageError
 from cowfs.formats.chain import find_layer
@@ -38,7 +39,7 @@ def command(
     """Write everything that an image holds into its backing file, and empty the image, which stays on top.
 
     No other overlay may stand on that backing file: its content changes. Given the flat file of a mount, this
-    happens under whoever uses the disk. Ctrl-C leaves the job running; steer it through MOUNT/.cowfs/NAME/commit.
+    happens under whoever uses the disk. Ctrl-C leaves the job running; 'cowfs job MOUNT/NAME' shows and steers it.
     Given an image file, which nothing else may use meanwhile, it is done here. Broken off at any moment, by
     whatever, the disk's content is whole, and a second run finishes the work.
 

@@ -1,16 +1,13 @@
-"""Running a job from the command line: live, through its control file, or offline, on an image of no mount."""
+"""Running a job from the command line on an image of no mount, and what all commands for jobs share."""
 
 import logging
-import os
-import select
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 import trio
 
 from cowfs.block.disk import Disk
-from cowfs.cli.live import Live
 from cowfs.cli.progress import Display, progress_display
 from cowfs.errors import CowfsError, UsageError
 from cowfs.formats.chain import open_disk
@@ -19,9 +16,6 @@ from cowfs.jobs.job import Job, OnError, State
 
 #: seconds between two looks at a job that goes on
 INTERVAL = 0.5
-#: exit code after Ctrl-C, as shells report it
-INTERRUPTED = 130
-
 
 on_error_option = click.option(
     "--on-error",
@@ -36,34 +30,6 @@ def offline_policy(file: str, text: str) -> OnError:
     if text == OnError.STOP.value:
         raise UsageError("--on-error stop needs a disk of a mount, where the job can be resumed", file=file)
     return OnError(text)
-
-
-def run_live(live: Live, verb: str, keys: Sequence[str], *, wait: bool, quiet: bool) -> int | None:
-    """Start a job in a mount and follow it to its end. Ctrl-C leaves it running; the exit code."""
-    live.command(verb, " ".join(["start", *keys]))
-    if not wait:
-        return None
-    try:
-        with progress_display(verb, quiet=quiet) as display:
-            facts = _follow(live, verb, display)
-    except KeyboardInterrupt:
-        click.echo(f"The {verb} job goes on; watch it with 'cat {live.control(verb)}', end it by writing cancel there.")
-        return INTERRUPTED
-    return _outcome(verb, facts, live.path)
-
-
-def _follow(live: Live, verb: str, display: Display) -> dict[str, str]:
-    """Show a job until it has ended, looking again at every change of state and now and then."""
-    with open(live.control(verb), "rb", buffering=0) as file:
-        poll = select.poll()
-        poll.register(file, select.POLLPRI)
-        while True:
-            text = os.pread(file.fileno(), 1 << 16, 0).decode(errors="surrogateescape")
-            facts = dict(line.split(": ", 1) for line in text.splitlines())
-            display.show(facts)
-            if not State(facts["state"]).is_active or (facts["state"] == State.PAUSED.value and facts["error"]):
-                return facts
-            poll.poll(INTERVAL * 1000)
 
 
 def run_offline(file: str, format: str | None, make: Callable[[Disk], Job], *, quiet: bool) -> int | None:
@@ -86,7 +52,7 @@ async def _run_offline(file: str, format: str | None, make: Callable[[Disk], Job
     finally:
         with trio.CancelScope(shield=True):
             await disk.close()
-    return _outcome(job.verb, progress(job), file)
+    return outcome(job.verb, progress(job), file)
 
 
 async def _watch(job: Job, display: Display) -> None:
@@ -95,7 +61,8 @@ async def _watch(job: Job, display: Display) -> None:
         display.show(progress(job))
 
 
-def _outcome(verb: str, facts: dict[str, Any], file: str) -> int | None:
+def outcome(verb: str, facts: Mapping[str, Any], file: str) -> int | None:
+    """Return the exit code of a job that has ended, None for 0. Raises why it did not do its work."""
     if facts["state"] == State.COMPLETED.value:
         return None
     if facts["state"] == State.PAUSED.value:

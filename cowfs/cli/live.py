@@ -26,10 +26,7 @@ class Live(NamedTuple):
 
     def command(self, file: str, text: str) -> None:
         """Write a command; raises the sentence that the mount gives for refusing it."""
-        try:
-            Path(self.control(file)).write_text(text)
-        except OSError as error:
-            raise self._refusal(error) from error
+        _command(self.control(file), text, file=self.path)
 
     def read(self, file: str) -> str:
         """Read a control file."""
@@ -38,14 +35,39 @@ class Live(NamedTuple):
         except OSError as error:
             raise StorageError.from_os(error, file=self.control(file), doing="cannot read") from error
 
-    def _refusal(self, error: OSError) -> CowfsError:
-        try:
-            sentence = self.read("error").strip()
-        except CowfsError:
-            sentence = ""
-        # the sentence names the file by itself where one is at fault
-        said = sentence or os.strerror(error.errno or 0)
-        return StorageError(said, errno=error.errno or StorageError.errno, file=self.path)
+    def status(self) -> dict[str, Any]:
+        """Return what its ``status.json`` says."""
+        facts: dict[str, Any] = json.loads(self.read("status.json"))
+        return facts
+
+
+def command_mount(mount_point: str, text: str, *, file: str) -> None:
+    """Write a command to ``.cowfs/control`` of a mount; raises why it is refused, blaming ``file``."""
+    _command(f"{mount_point}/.cowfs/control", text, file=file)
+
+
+def _command(control: str, text: str, *, file: str) -> None:
+    try:
+        descriptor = os.open(control, os.O_WRONLY)
+    except OSError as error:
+        raise StorageError.from_os(error, file=control, doing="cannot write") from error
+    try:
+        # in one piece, since each write is a command
+        os.write(descriptor, text.encode(errors="surrogateescape"))
+    except OSError as error:
+        raise _refusal(control, error, file) from error
+    finally:
+        os.close(descriptor)
+
+
+def _refusal(control: str, error: OSError, file: str) -> CowfsError:
+    try:
+        sentence = Path(control).with_name("error").read_text(errors="surrogateescape").strip()
+    except OSError:
+        sentence = ""
+    # the sentence names the file by itself where one is at fault
+    said = (sentence or os.strerror(error.errno or 0)).removeprefix(f"{file}: ")
+    return StorageError(said, errno=error.errno or StorageError.errno, file=file)
 
 
 def mount_points() -> list[str]:
@@ -76,6 +98,16 @@ def require_live(path: str) -> Live:
     if live is None:
         raise UsageError("does not lie in a cowfs mount", file=path)
     return live
+
+
+def require_mount(path: str) -> str:
+    """Return the mount point that a path is. Raises `UsageError` if it is none of a cowfs mount."""
+    points = mount_points()
+    # the name as given first: looking behind it asks the file system that may lie there
+    where = resolve(path)
+    if where not in points and (where := os.path.realpath(path)) not in points:
+        raise UsageError("is not the mount point of a cowfs mount", file=path)
+    return where
 
 
 def read_mount(mount_point: str) -> dict[str, Any]:

@@ -47,9 +47,12 @@ COMMANDS = {
     "snapshot": Entry("List, make, apply and delete the snapshots inside an image."),
     "mount": Entry("Show chains of images as flat files in a directory."),
     "umount": Entry("Flush and take a mount away."),
+    "add": Entry("Show more images in a mount."),
+    "remove": Entry("Take disks out of a mount."),
     "status": Entry("Show what is mounted: chains and jobs."),
     "stream": Entry("Copy what the backing files hold into the active image."),
     "commit": Entry("Merge an image into its backing file."),
+    "job": Entry("Watch and steer the jobs of mounted disks."),
     "attach": Entry("Make a mounted disk a loop device."),
     "detach": Entry("Take the loop device of a mounted disk away."),
 }

@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from pathlib import Path
 
 import click
 
@@ -51,7 +50,7 @@ def command(words: tuple[str, ...], options: tuple[str, ...], foreground: bool) 
     if not images:
         raise click.UsageError("Missing argument 'MOUNTPOINT'.", click.get_current_context())
     settings = parse_options(options)
-    sources = [_absolute(Source.parse(text)) for text in images]
+    sources = [Source.parse(text).absolute() for text in images]
     mount_point = prepare_mount_point(directory)
     for source in sources:
         if os.path.realpath(source.path).startswith(mount_point.rstrip("/") + "/"):
@@ -62,8 +61,3 @@ def command(words: tuple[str, ...], options: tuple[str, ...], foreground: bool) 
         return serve(request, lambda: None)
     in_background(partial(serve, request))
     return None
-
-
-def _absolute(source: Source) -> Source:
-    """The server's working directory is /."""
-    return source._replace(path=str(Path(source.path).absolute())) if source.path else source

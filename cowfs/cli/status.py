@@ -1,15 +1,13 @@
 """``cowfs status``: show what is mounted."""
 
 import json
-import os
 from typing import Any
 
 import click
 
-from cowfs.cli.live import mount_points, read_mount
+from cowfs.cli.live import mount_points, read_mount, require_mount
 from cowfs.cli.options import output_options
-from cowfs.errors import CowfsError, UsageError
-from cowfs.fuse.mounts import resolve
+from cowfs.errors import CowfsError
 from cowfs.units import format_size
 
 
@@ -24,13 +22,7 @@ def command(mount_point: str | None, output: str) -> None:
       cowfs status
       cowfs status --json /mnt/disks
     """
-    points = mount_points()
-    if mount_point is not None:
-        # the name as given first: looking behind it asks the file system that may lie there
-        where = resolve(mount_point)
-        if where not in points and (where := os.path.realpath(mount_point)) not in points:
-            raise UsageError("is not the mount point of a cowfs mount", file=mount_point)
-        points = [where]
+    points = mount_points() if mount_point is None else [require_mount(mount_point)]
     mounts = [_facts(point, must_answer=mount_point is not None) for point in dict.fromkeys(points)]
     if output == "json":
         click.echo(json.dumps(mounts if mount_point is None else mounts[0], indent=4))

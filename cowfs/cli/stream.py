@@ -4,8 +4,9 @@ from functools import partial
 
 import click
 
-from cowfs.cli.jobs import offline_policy, on_error_option, run_live, run_offline
+from cowfs.cli.jobs import offline_policy, on_error_option, run_offline
 from cowfs.cli.live import find_live
+from cowfs.cli.livejobs import run_live
 from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
 from cowfs.jobs.stream import Stream
@@ -22,7 +23,7 @@ def command(file: str, format: str | None, speed: str, no_wait: bool, on_error: 
     """Copy everything that an image takes from its backing files into the image itself, then let go of them.
 
     Given the flat file of a mount, this happens under whoever uses the disk: nothing of it can be seen in the
-    disk's content. Ctrl-C leaves the job running; steer it through MOUNT/.cowfs/NAME/stream. Given an image
+    disk's content. Ctrl-C leaves the job running; 'cowfs job MOUNT/NAME' shows and steers it. Given an image
     file, which nothing else may use meanwhile, it is done here; a run that was broken off is taken up by the
     next.
 

@@ -184,14 +184,22 @@ def find_layer(layers: Sequence[Layer], name: str) -> int:
     Relative names are meant from the directory of the image above first, then from the current one.
     Raises `NotFound`.
     """
-    below = [(depth, layers[depth - 1], layers[depth]) for depth in range(1, len(layers))]
-    recorded = [depth for depth, above, _ in below if above.image.backing and above.image.backing.name == name]
-    beside = [depth for depth, above, layer in below if _same(_beside(above.name, name), layer.name)]
-    here = [depth for depth, _, layer in below if _same(name, layer.name)]
-    found = [*recorded, *beside, *here]
+    below = [(depth, layers[depth - 1].image.backing) for depth in range(1, len(layers))]
+    recorded = [depth for depth, backing in below if backing and backing.name == name]
+    found = recorded + [depth for depth in named_files([layer.name for layer in layers], name) if depth]
     if not found:
         raise NotFound(f"there is no backing file '{name}' in its chain", file=layers[0].name)
     return found[0]
+
+
+def named_files(files: Sequence[str], name: str) -> list[int]:
+    """Return which files of a chain, active layer first, a path may mean, the likeliest first.
+
+    A relative one is meant from the directory of the file above first, then from the current one.
+    """
+    beside = [depth for depth, file in enumerate(files) if _same(_beside(files[max(depth - 1, 0)], name), file)]
+    here = [depth for depth, file in enumerate(files) if _same(name, file)]
+    return [*beside, *here]
 
 
 def _same(first: str, second: str) -> bool:

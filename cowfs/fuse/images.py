@@ -43,6 +43,10 @@ class Source(NamedTuple):
             return cls(text)
         return cls(path, name)
 
+    def absolute(self) -> "Source":
+        """Return the same for a server, whose working directory is /."""
+        return self._replace(path=str(Path(self.path).absolute())) if self.path else self
+
 
 def check_name(name: str, taken: frozenset[str] = RESERVED) -> None:
     """Raise `UsageError` for what cannot be the name of a flat file."""

@@ -1,13 +1,11 @@
 """``.cowfs/control``: which images the mount has."""
 
-import trio
-
 from cowfs.errors import UsageError
 from cowfs.fuse.control.file import ControlFile, one_line
 from cowfs.fuse.images import Mount, Source
 
 VERBS = {
-    "add": "add [NAME=]PATH [format=FMT] [ro]: serve one more image; PATH is absolute",
+    "add": "add [[format=FMT] [ro] --] [NAME=]PATH [format=FMT] [ro]: serve one more image; PATH is absolute",
     "remove": "remove NAME: take an image out; nobody may have it open",
 }
 
@@ -26,25 +24,28 @@ async def command(mount: Mount, text: str) -> None:
     if verb == "remove":
         await mount.remove(rest)
     else:
-        await mount.add(await _source(rest))
+        await mount.add(_source(rest))
 
 
-async def _source(text: str) -> Source:
-    format, read_only = None, False
-    while True:
-        front, _, word = text.rpartition(" ")
-        if front and word == "ro":
-            read_only = True
-        elif front and word.startswith("format="):
-            format = word.removeprefix("format=")
-        else:
-            break
-        text = front.rstrip()
-    # in a thread: the path may lie in the mount, which this thread serves
-    path, name, _, _ = await trio.to_thread.run_sync(Source.parse, text)
+def _source(text: str) -> Source:
+    """Read what follows ``add``: options behind the path, or before it and ``--``, which then ends only the path."""
+    front, sign, named = f" {text}".partition(" -- ")
+    words = front.split()
+    if not sign or not all(map(_is_option, words)):
+        named, words = text, []
+        while (split := named.rpartition(" "))[0] and _is_option(split[2]):
+            named = split[0].rstrip()
+            words.insert(0, split[2])
+    read_only = "ro" in words
+    format = next((word.removeprefix("format=") for word in reversed(words) if word != "ro"), None)
+    name, _, path = ("", "", named) if named.startswith("/") else named.partition("=")
     if not path.startswith("/"):
-        raise UsageError(f"'{path}' is no absolute path; the server's working directory is /")
-    return Source(path, name, format, read_only)
+        raise UsageError(f"'{path or named}' is no absolute path; the server's working directory is /")
+    return Source(path, name if named != path else None, format, read_only)
+
+
+def _is_option(word: str) -> bool:
+    return word == "ro" or word.startswith("format=")
 
 
 FILE = ControlFile("control", "the images; write to add or remove one", render, command, VERBS)
