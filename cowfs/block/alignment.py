@@ -48,3 +48,14 @@ def without(start: int, end: int, holes: Sequence[Area]) -> list[Area]:
             return left
     left.append((start, end))
     return left
+
+
+def joined(areas: Sequence[Area]) -> list[Area]:
+    """Join what overlaps or follows without a gap; ``areas`` are in order of their starts."""
+    found: list[Area] = []
+    for start, end in areas:
+        if found and start <= found[-1][1]:
+            start, last = found.pop()
+            end = max(end, last)
+        found.append((start, end))
+    return found

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import trio
 
-from cowfs.block.alignment import Area, align_down, align_up, split, without
+from cowfs.block.alignment import Area, align_down, align_up, joined, split, without
 from cowfs.block.chain import Chain
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.identity import forget, remember
@@ -123,18 +123,38 @@ class Stack(Chain):
         return copied
 
     async def _copy_extent_up(self, extent: Extent, base: int) -> int:
-        copied = 0
+        """Copy up an extent of which the active layer holds nothing; the bytes of it that were data."""
         pieces = await self.resolve(extent.offset, extent.length, 1, holes=True)
-        held = [piece for piece in pieces if piece.depth < base and piece.extent.kind is not Kind.UNALLOCATED]
-        data = self._units([piece.extent for piece in held if piece.extent.kind is not Kind.ZERO])
+        held = [piece.extent for piece in pieces if piece.depth < base and piece.extent.kind is not Kind.UNALLOCATED]
+        data = [(found.offset, found.end) for found in held if found.kind is not Kind.ZERO]
+        zeros: list[Area] = []
         if base < len(self.layers):
-            for start, end in self._units([piece.extent for piece in held if piece.extent.kind is Kind.ZERO]):
-                for first, last in without(start, end, data):
-                    await self._hide(0, first, last, base)
-        for start, end in data:
+            found = joined([(found.offset, found.end) for found in held if found.kind is Kind.ZERO])
+            zeros, ragged = self._whole_units(found)
+            data = sorted([*data, *ragged])
+        units = joined([(align_down(start, self.unit), align_up(end, self.unit)) for start, end in data])
+        for start, end in zeros:
+            for first, last in without(start, end, units):
+                await self._hide(0, first, last, base)
+        copied = 0
+        for start, end in units:
+            end = min(end, self.size)
             await self._copy_clusters_up(start, end)
             copied += end - start
         return copied
+
+    def _whole_units(self, areas: Sequence[Area]) -> tuple[list[Area], list[Area]]:
+        """Cut areas into those of whole units of the active layer, and the rests of units."""
+        whole: list[Area] = []
+        rests: list[Area] = []
+        for start, end in areas:
+            first, last = align_up(start, self.unit), end if end == self.size else align_down(end, self.unit)
+            if first >= last:
+                rests.append((start, end))
+                continue
+            whole.append((first, last))
+            rests += [area for area in ((start, first), (last, end)) if area[0] < area[1]]
+        return whole, rests
 
     async def hide(self, above: int, start: int, end: int, base: int) -> None:
         """Have a layer hold zeros where it has nothing itself and would show more of layer ``base`` than it should."""
