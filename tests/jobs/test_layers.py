@@ -276,7 +276,7 @@ async def test_what_makes_no_sense_is_refused(tmp_path: Path, keys: dict[str, in
 
 
 class Overrun(Commit):
-    """A commit whose guest writes to as many clusters between any two steps as the step has copied."""
+    """A commit whose guest writes to four times what each step has copied before the next."""
 
     def __init__(self, disk: Disk, writer: Writer) -> None:
         super().__init__(disk, pivot=Pivot.YES)
@@ -285,7 +285,7 @@ class Overrun(Commit):
 
     async def advance(self, offset: int, copied: int) -> None:
         self.steps += 1
-        for _ in range(copied // CLUSTER + 1):
+        for _ in range(4 * copied // CLUSTER + 1):
             await self.writer.write()
         await super().advance(offset, copied)
 
