@@ -4,25 +4,19 @@ No guests, no locks: whoever writes holds the clusters that it writes to. All of
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
-from typing import NamedTuple
 
 from cowfs.block.alignment import align_down, align_up, split
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
+from cowfs.block.owners import WORTHWHILE, Owners, Piece
 from cowfs.block.partial import Source
 from cowfs.block.quiescence import Readers
 from cowfs.block.twolevel import TwoLevelImage
 
 #: bytes of zeros written at once where a format has no better way
 _ZERO_STEP = 1 << 20
-
-
-class Piece(NamedTuple):
-    """An extent, and the layer of the chain that it was found in (0 = active)."""
-
-    depth: int
-    extent: Extent
 
 
 class Chain:
@@ -34,6 +28,7 @@ class Chain:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers: tuple[Layer, ...] = tuple(layers)
         self.readers = Readers()
+        self._owners = Owners((), lambda offset, length: None)
         for layer in self.layers:
             self._adopt(layer)
 
@@ -69,13 +64,26 @@ class Chain:
         pieces: list[Piece] = []
         for extent in extents:
             if extent.kind is Kind.UNALLOCATED:
-                below = self.resolve_now(layers, depth + 1, extent.offset, extent.length)
+                below = self._below_now(layers, depth + 1, extent.offset, extent.length)
                 if below is None:
                     return None
                 pieces += below
             else:
                 pieces.append(Piece(depth, extent))
         return pieces
+
+    def _below_now(self, layers: tuple[Layer, ...], depth: int, offset: int, length: int) -> list[Piece] | None:
+        """`resolve_now` below the active layer, where what was found once need not be looked for again."""
+        if depth != 1 or len(layers) < WORTHWHILE:
+            return self.resolve_now(layers, depth, offset, length)
+        owners = self._owners
+        if owners.layers is not layers:
+            owners = self._owners = Owners(layers, partial(self.resolve_now, layers, 1))
+        return owners.find(offset, length) if owners.is_usable else self.resolve_now(layers, 1, offset, length)
+
+    def forget_owners(self) -> None:
+        """Look anew at the layers below the active one: one of them is about to change, or has."""
+        self._owners = Owners((), lambda offset, length: None)
 
     async def resolve(self, offset: int, length: int, depth: int = 0, *, holes: bool = False) -> list[Piece]:
         """Which layer holds each part of a range, as seen from layer ``depth``.
@@ -110,7 +118,7 @@ class Chain:
         layers = self.layers
         if depth >= len(layers):
             return [Source(offset, length, None, 0)]
-        pieces = self.resolve_now(layers, depth, offset, length)
+        pieces = self._below_now(layers, depth, offset, length)
         if pieces is None or any(piece.extent.kind is Kind.COMPRESSED for piece in pieces):
             return None
         return [

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cowfs.block.chain import Chain, Piece
+from cowfs.block.chain import Chain
 from cowfs.block.extent import NO_OFFSET, Kind
 from cowfs.block.layer import Layer
+from cowfs.block.owners import Piece
 
 
 class View(NamedTuple):

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import trio
 
-from cowfs.block.chain import Piece
 from cowfs.block.copyonread import Populator
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
+from cowfs.block.owners import Piece
 from cowfs.block.partial import SECTOR, Below, PartialClusters
 from cowfs.block.stack import EVERYWHERE, Stack
 from cowfs.block.upkeep import complete_clusters, flush_periodically

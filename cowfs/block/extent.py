@@ -69,18 +69,19 @@ def patched(extents: Sequence[Extent], patches: Sequence[Extent]) -> list[Extent
         start = extent.offset
         while patch is not None and patch.offset < extent.end:
             if start < patch.offset:
-                found.append(_part(extent, start, patch.offset))
+                found.append(part_of(extent, start, patch.offset))
             start = max(start, min(patch.end, extent.end))
             if patch.end > extent.end:
                 break
             found.append(patch)
             patch = next(waiting, None)
         if start < extent.end:
-            found.append(_part(extent, start, extent.end))
+            found.append(part_of(extent, start, extent.end))
     return merge(found)
 
 
-def _part(extent: Extent, start: int, end: int) -> Extent:
+def part_of(extent: Extent, start: int, end: int) -> Extent:
+    """Cut an extent: bytes ``start`` to ``end`` of the guest's disk, which lie within it."""
     host = extent.host_offset
     if host != NO_OFFSET and extent.kind is not Kind.COMPRESSED:
         host += start - extent.offset

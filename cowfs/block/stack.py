@@ -309,8 +309,10 @@ class Stack(Chain):
         if writable:
             await self._forget_below(depth - 1)
         try:
+            self.forget_owners()
             await self.layers[depth].set_writable(writable)
         finally:
+            self.forget_owners()
             if depth == 1 and self.layers[1].storage.read_only:
                 with trio.CancelScope(shield=True):
                     await remember(self.layers[0], self.layers[1])
@@ -342,6 +344,7 @@ class Stack(Chain):
                 if above:
                     with trio.CancelScope(shield=True):
                         await layer.set_writable(False)
+        self.forget_owners()
 
     async def cut_out(self, above: int, below: int | None, backing: Backing | None) -> list[Layer]:
         """Take the layers between two out of the chain, or all that are below one; returns them, still open.

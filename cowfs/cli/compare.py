@@ -7,10 +7,10 @@ import click
 import trio
 
 from cowfs.block.alignment import align_up
-from cowfs.block.chain import Piece
 from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.joined import SECTOR
+from cowfs.block.owners import Piece
 from cowfs.cli.meter import Meter
 from cowfs.cli.options import cache_option, force_share_option, quiet_option
 from cowfs.formats.chain import Opening, open_disk
