@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commandline import ok, qemu_img
 from mounting import Mounts
+from nbdservers import Servers
 
 #: what ``@pytest.mark.needs`` can ask for beside programs: name, how to tell
 _CONDITIONS = {
@@ -38,6 +39,16 @@ def mount(tmp_path: Path) -> Iterator[Mounts]:
         yield mounts
     finally:
         mounts.clean_up()
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Servers]:
+    """Start NBD servers that are gone after the test, however it ends."""
+    made = Servers(tmp_path)
+    try:
+        yield made
+    finally:
+        made.clean_up()
 
 
 @pytest.fixture

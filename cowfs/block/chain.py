@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 
+import trio
+
 from cowfs.block.alignment import align_down, align_up, split
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
@@ -14,6 +16,7 @@ from cowfs.block.owners import WORTHWHILE, Owners, Piece
 from cowfs.block.partial import Source
 from cowfs.block.quiescence import Readers
 from cowfs.block.twolevel import TwoLevelImage
+from cowfs.errors import CowfsError
 
 #: bytes of zeros written at once where a format has no better way
 _ZERO_STEP = 1 << 20
@@ -144,10 +147,33 @@ class Chain:
         with self.readers.inside():
             layers = self.layers
             pieces = await self._resolve(layers, depth, offset, len(view), holes=False)
+            if len(pieces) > 1 and any(layers[found].data_storage.is_remote for found, _ in pieces):
+                await self._read_side_by_side(layers, pieces, offset, view)
+                return pieces
             for found, extent in pieces:
                 start = extent.offset - offset
                 await layers[found].read(extent, view[start : start + extent.length])
         return pieces
+
+    @staticmethod
+    async def _read_side_by_side(
+        layers: tuple[Layer, ...], pieces: Sequence[Piece], offset: int, view: memoryview
+    ) -> None:
+        """Read pieces at a time, as each may take as long as all; raises the first error after all have ended."""
+        errors: list[CowfsError] = []
+
+        async def read(found: int, extent: Extent) -> None:
+            start = extent.offset - offset
+            try:
+                await layers[found].read(extent, view[start : start + extent.length])
+            except CowfsError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for found, extent in pieces:
+                nursery.start_soon(read, found, extent)
+        if errors:
+            raise errors[0]
 
     # -- writing into one layer
 

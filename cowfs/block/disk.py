@@ -80,8 +80,11 @@ class Disk(Stack):
         length = len(view)
         if offset + length > self.size:
             raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
-        if self.copies_on_read and self._populator is not None and len(self.layers) > 1:
-            await self._populator.room()
+        if self.copies_on_read and self._populator is not None and not self._populator.has_room:
+            # who needs nothing from below does not wait for it
+            fetches = any(map(_fetched, await self.resolve(offset, length)))
+            if fetches and self._populator is not None:
+                await self._populator.room()
         pieces = await self.read_pieces(0, offset, view)
         if self.copies_on_read and self._populator is not None and any(map(_fetched, pieces)):
             self._populator.offer(offset, length)
@@ -232,6 +235,9 @@ class Disk(Stack):
     def _activate(self, top: Layer) -> None:
         """Let clusters of the active layer be written in part, if it has clusters, as long as the disk is in use."""
         if self._nursery is None or top.cluster_size <= SECTOR:
+            return
+        # what is put off has to be read by the next flush: if a server were away then, every flush would fail
+        if any(storage.is_remote for layer in (top, *self.layers) for storage in layer.storages):
             return
         below = Below(
             lambda offset, length: self.sources_now(offset, length, 1),

@@ -98,10 +98,9 @@ async def identify(above: Layer, below: Layer) -> Stamp:
     digest = xxhash.xxh3_128(below.image.fingerprint())
     for storage in below.storages:
         last = align_down(max(storage.length - 1, 0), SAMPLE_BYTES)
-        for number in range(SAMPLES + 2):
-            digest.update(
-                await storage.read_bytes(align_down(last * number // (SAMPLES + 1), SAMPLE_BYTES), SAMPLE_BYTES)
-            )
+        places = [align_down(last * number // (SAMPLES + 1), SAMPLE_BYTES) for number in range(SAMPLES + 2)]
+        for sample in await storage.read_each([(place, SAMPLE_BYTES) for place in places]):
+            digest.update(sample)
     modified = max(storage.modified_ns for storage in below.storages)
     return Stamp(whole_size(below), modified, _name(above), digest.digest())
 

@@ -13,7 +13,7 @@ from cowfs.block.joined import SECTOR
 from cowfs.cli.options import file_argument, force_share_option, format_option, output_options
 from cowfs.cli.snapshot_table import facts as snapshot_facts
 from cowfs.cli.snapshot_table import table
-from cowfs.errors import Unsupported
+from cowfs.errors import CowfsError
 from cowfs.formats.chain import Opening, backing_source, open_chain, open_image
 from cowfs.units import format_size
 
@@ -68,7 +68,8 @@ async def _facts(image: Image) -> dict[str, Any]:
     if image.cluster_size > 1:
         facts["cluster-size"] = image.cluster_size
     facts["format"] = image.format
-    facts["actual-size"] = image.storage.allocated
+    if not image.storage.is_remote:
+        facts["actual-size"] = image.storage.allocated
     if details := await image.details():
         facts["format-specific"] = {"type": image.format, "data": details}
     if image.backing is not None:
@@ -84,7 +85,7 @@ def _full_name(image: Image) -> str:
     assert image.backing is not None
     try:
         return backing_source(image.storage.name, image.backing).name
-    except Unsupported:
+    except CowfsError:
         # shown all the same: it is what the header says
         return image.backing.name
 
@@ -95,7 +96,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"image: {facts['filename']}",
         f"file format: {facts['format']}",
         f"virtual size: {format_size(facts['virtual-size'])} ({facts['virtual-size']} bytes)",
-        f"disk size: {format_size(facts['actual-size'])}",
+        f"disk size: {format_size(facts['actual-size']) if 'actual-size' in facts else 'unavailable'}",
     ]
     if "cluster-size" in facts:
         lines.append(f"cluster_size: {facts['cluster-size']}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cowfs.errors import CowfsError, StorageError, UsageError
 from cowfs.fuse.mounts import FSTYPE, list_mounts, resolve
+from cowfs.storage import is_remote
 
 
 class Live(NamedTuple):
@@ -80,6 +81,8 @@ def find_live(path: str) -> Live | None:
 
     Raises `UsageError` for a path in a mount that is no flat file.
     """
+    if is_remote(path):
+        return None
     full = resolve(path)
     mount_point = next((point for point in mount_points() if full == point or full.startswith(f"{point}/")), None)
     if mount_point is None:

@@ -12,6 +12,7 @@ from cowfs.fuse.logs import start_logging
 from cowfs.fuse.options import SWITCHES, VALUES, parse_options
 from cowfs.fuse.server import Request, serve
 from cowfs.fuse.stale import prepare_mount_point
+from cowfs.storage import is_remote
 
 
 class _MountCommand(click.Command):
@@ -53,7 +54,7 @@ def command(words: tuple[str, ...], options: tuple[str, ...], foreground: bool) 
     sources = [Source.parse(text).absolute() for text in images]
     mount_point = prepare_mount_point(directory)
     for source in sources:
-        if os.path.realpath(source.path).startswith(mount_point.rstrip("/") + "/"):
+        if not is_remote(source.path) and os.path.realpath(source.path).startswith(mount_point.rstrip("/") + "/"):
             raise UsageError(f"lies in {mount_point}, where the mount would hide it", file=source.path)
     request = Request(sources, mount_point, settings)
     start_logging(settings.log, foreground=foreground)

@@ -14,10 +14,12 @@ from cowfs.block.layer import Layer
 from cowfs.block.merged import require_unmerged
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.block.snapshots import SnapshotKey
-from cowfs.errors import CowfsError, InvalidImage, NotFound, Unsupported, blaming
+from cowfs.errors import CowfsError, InvalidImage, NotFound, NotPermitted, Unsupported, UsageError, blaming
 from cowfs.formats.datafile import data_path, open_data
 from cowfs.formats.registry import format_named, open_guessed
-from cowfs.storage import open_storage
+from cowfs.storage import DEFAULT_NETWORK, Network, is_remote, open_storage
+from cowfs.storage.nbd.address import parse_address, require_absolute
+from cowfs.storage.nbd.jsonname import PREFIX, parse_json_name
 
 #: layers; a longer chain is taken for a mistake
 MAX_DEPTH = 256
@@ -34,13 +36,15 @@ class Opening:
 
     ``cache_size`` bounds the bytes of tables that each layer keeps in memory. ``vet`` is shown each file's name before
     it is opened, and refuses it by raising. Without ``locking``, nobody is told that they are in use, nor asked.
-    ``trusting`` takes backing files for what they were, although they have changed.
+    ``trusting`` takes backing files for what they were, although they have changed. ``network`` says how long servers
+    are waited for.
     """
 
     cache_size: int = DEFAULT_BOUND
     vet: Vet | None = None
     locking: bool = True
     trusting: bool = False
+    network: Network = DEFAULT_NETWORK
 
 
 #: what there is to say if there is nothing
@@ -69,7 +73,7 @@ async def open_image(
     """
     if opening.vet is not None:
         await opening.vet(name)
-    storage = await open_storage(name, writable=writable, locking=opening.locking)
+    storage = await open_storage(name, writable=writable, locking=opening.locking, network=opening.network)
     try:
         opener = format_named(format).open if format else open_guessed
         image = await opener(storage, cache_size=opening.cache_size, for_repair=for_repair)
@@ -213,9 +217,27 @@ def _beside(file: str, name: str) -> str:
 def backing_source(name: str, backing: Backing) -> Source:
     """Return what an image's backing file name stands for: relative names lie beside the image that names them.
 
-    Raises `Unsupported` for names that are no files.
+    Exports of NBD servers have URIs, and the names that QEMU has for them besides. An image that comes from a server
+    may not lead to files of this host: what it takes from below could go back there. Raises `Unsupported` for what is
+    neither file nor export, `NotPermitted`, or `InvalidImage` for a path in a URI that is not absolute.
     """
     text = backing.name
+    if text.startswith(PREFIX):
+        try:
+            address, format = parse_json_name(text)
+        except Unsupported as error:
+            raise Unsupported(f"its backing file '{text}' {error.message}", file=name) from None
+        if format is not None and backing.format not in (None, format):
+            raise InvalidImage(f"its backing file '{text}' is said to be {backing.format} too", file=name)
+        return Source(require_absolute(parse_address(address.uri), name).uri, backing.format or format)
+    if is_remote(text):
+        try:
+            address = parse_address(text)
+        except (UsageError, Unsupported) as error:
+            raise type(error)(f"its backing file '{text}' {error.message}", file=name) from None
+        return Source(require_absolute(address, name).uri, backing.format)
+    if is_remote(name):
+        raise NotPermitted(f"comes from a server, and may not have the file '{text}' as its backing file", file=name)
     if text.startswith("file:"):
         text = text.removeprefix("file:").removeprefix("//")
     elif (protocol := _PROTOCOL.match(text)) is not None:
@@ -225,6 +247,8 @@ def backing_source(name: str, backing: Backing) -> Source:
 
 def backing_name(name: str, above: str) -> str:
     """Return how an image calls its backing file: by its mere name in the same directory, absolutely elsewhere."""
+    if is_remote(name):
+        return name
     folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100
     if os.path.realpath(folder) == os.path.realpath(os.path.dirname(above)):  # noqa: PTH120
         return base

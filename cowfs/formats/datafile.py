@@ -3,7 +3,8 @@
 The policy for such names is here and nowhere else. A header is written by whoever made the image, and a data file
 is read, and written, with the rights of whoever opens it. So a header may name a file in the directory of the image
 or below it, with all symbolic links followed, and a regular file only. Relative names are meant from the directory
-of the image, as those of backing files are. Everything else is refused, by name.
+of the image, as those of backing files are. Everything else is refused, by name; and any name in the header of an
+image that comes from a server.
 """
 
 import os
@@ -14,7 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from cowfs.errors import CowfsError, InvalidImage, NotPermitted, Unsupported, UsageError
-from cowfs.storage import Storage, create_storage, open_storage, sync_directory
+from cowfs.storage import Storage, create_storage, is_remote, open_storage, sync_directory
 
 
 def data_path(image: str, name: str) -> str:
@@ -22,6 +23,8 @@ def data_path(image: str, name: str) -> str:
 
     Raises `NotPermitted` for a file elsewhere, `InvalidImage` for the image itself, `Unsupported` for odd files.
     """
+    if is_remote(image):
+        raise NotPermitted(f"comes from a server, and may not have the file '{name}' as its data file", file=image)
     folder = os.path.dirname(image)  # noqa: PTH120
     path = os.path.join(folder, name)  # noqa: PTH118
     real, inside = os.path.realpath(path), os.path.realpath(folder)

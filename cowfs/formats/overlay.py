@@ -7,10 +7,11 @@ import trio
 from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
-from cowfs.errors import UsageError
+from cowfs.errors import Unsupported, UsageError
 from cowfs.formats.chain import Opening, backing_name, open_image
 from cowfs.formats.create import create_image, remove_image
 from cowfs.formats.registry import format_named
+from cowfs.storage import is_remote
 
 
 async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> None:
@@ -20,6 +21,10 @@ async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> N
     opening it raises too; then the disk is as it was, and the file is gone.
     """
     active = disk.layers[0]
+    if is_remote(file):
+        raise Unsupported("cannot be made: a server makes no exports for others", file=file)
+    if is_remote(active.name) and not file.startswith("/"):
+        raise UsageError(f"lies beside no file, as {active.name} is none; write the whole path", file=file)
     path = os.path.join(os.path.dirname(active.name), file)  # noqa: PTH118, PTH120
     if not format_named(format).has_backing:
         raise UsageError(f"{format} images cannot have a backing file", file=path)

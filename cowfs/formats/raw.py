@@ -62,7 +62,7 @@ class RawImage(Image):
         await self.storage.truncate(size)
         await self.storage.flush()
         if self.storage.length != size:
-            raise Unsupported("a block device keeps its size", file=self.storage.name)
+            raise Unsupported("keeps its size, whatever is in it", file=self.storage.name)
         self.size = size
 
 

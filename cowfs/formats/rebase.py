@@ -22,6 +22,7 @@ from cowfs.block.layer import Layer
 from cowfs.errors import InvalidImage, UsageError, blaming
 from cowfs.formats.chain import Opening, backing_source, open_chain, open_disk, open_image
 from cowfs.formats.registry import format_named
+from cowfs.storage import is_remote
 
 #: bytes of the disk whose mapping is looked up at once
 WINDOW = 1 << 30
@@ -98,6 +99,8 @@ async def _opened(name: str, disk: Disk, backing: Backing) -> AsyncIterator[Chai
 
 
 def _is_same(path: str, name: str) -> bool:
+    if is_remote(path) or is_remote(name):
+        return path == name
     return os.path.exists(path) and os.path.samefile(path, name)  # noqa: PTH110, PTH121
 
 

@@ -17,6 +17,7 @@ from cowfs.formats.overlay import put_overlay
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
+from cowfs.storage import is_remote, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,23 @@ class Source(NamedTuple):
     def parse(cls, text: str) -> "Source":
         """Read ``[NAME=]PATH``; a text that is the path of something that exists is just that."""
         name, sign, path = text.partition("=")
-        if not sign or "/" in name or os.path.lexists(text):
+        if not sign or "/" in name or is_remote(text) or os.path.lexists(text):
             return cls(text)
         return cls(path, name)
 
     def absolute(self) -> "Source":
         """Return the same for a server, whose working directory is /."""
+        if is_remote(self.path):
+            return self._replace(path=parse_address(self.path).absolute().uri)
         return self._replace(path=str(Path(self.path).absolute())) if self.path else self
+
+
+def default_name(path: str) -> str:
+    """Name the disk of an image as the file is named, without its extension; or as the export, or the server."""
+    if is_remote(path):
+        address = parse_address(path)
+        path = address.export or address.server
+    return Path(path).stem
 
 
 def check_name(name: str, taken: frozenset[str] = RESERVED) -> None:
@@ -155,7 +166,9 @@ class Mount:
         self.mount_point = mount_point
         self.settings = settings
         self.images: dict[str, Served] = {}
-        self._opening = Opening(settings.cache_size, self._refuse_inside, settings.locking, settings.accept_base)
+        self._opening = Opening(
+            settings.cache_size, self._refuse_inside, settings.locking, settings.accept_base, settings.network
+        )
         self.error = ""
         self.changes = Changes()
         #: st_dev of the mount, once there is one
@@ -199,7 +212,7 @@ class Mount:
         path = source.path
         if not path:
             raise UsageError("there is no file name")
-        name = Path(path).stem if source.name is None else source.name
+        name = default_name(path) if source.name is None else source.name
         check_name(name, self._taken)
         if name in self.images:
             other = self.images[name].file
@@ -240,6 +253,8 @@ class Mount:
 
     async def _refuse_inside(self, path: str) -> None:
         """Refuse a file in the mount itself: the server would wait for its own answer."""
+        if is_remote(path):
+            return
         # in a thread, since looking at a path in the mount needs this thread to answer
         if await trio.to_thread.run_sync(self._is_inside, path):
             raise NotPermitted(f"lies inside the mount {self.mount_point}, which cannot serve it to itself", file=path)
@@ -266,7 +281,8 @@ class Mount:
     def _explain(self, error: Busy) -> None:
         """Name the disk of this mount that a file which cannot be locked is part of, if it is of any."""
         for other in self.images.values():
-            names = [storage.name for layer in other.disk.layers for storage in layer.storages]
+            storages = [storage for layer in other.disk.layers for storage in layer.storages]
+            names = [storage.name for storage in storages if not storage.is_remote]
             if error.file is not None and any(os.path.samefile(error.file, name) for name in names):  # noqa: PTH121
                 error.message = _CLASH.format(other.name)
                 return
@@ -304,11 +320,20 @@ class Mount:
         if not self.images:
             return None
         first = next(iter(self.images.values()))
+        largest = max(served.disk.cluster_size for served in self.images.values())
+        if first.disk.layers[0].storage.is_remote:
+            return _full(first.disk.size), largest
         try:
             state = await trio.to_thread.run_sync(os.statvfs, first.file)
         except OSError as error:
             raise StorageError.from_os(error, file=first.file, doing="cannot tell the free space") from error
-        return state, max(served.disk.cluster_size for served in self.images.values())
+        return state, largest
+
+
+def _full(size: int) -> os.statvfs_result:
+    """Return the state of a file system of so many bytes, of which none are free: nobody knows about a server's."""
+    unit = 4096
+    return os.statvfs_result((unit, unit, size // unit, 0, 0, 0, 0, 0, 0, 255))
 
 
 def _identities(disk: Disk) -> set[tuple[object, ...]]:

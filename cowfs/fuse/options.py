@@ -10,6 +10,7 @@ from cowfs.block.disk import FLUSH_INTERVAL
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import UsageError
 from cowfs.formats.registry import format_named
+from cowfs.storage import DEFAULT_NETWORK, Network
 from cowfs.units import parse_size
 
 #: bytes; less would have tables read again and again
@@ -34,9 +35,17 @@ class Settings:
     cache_size: int = DEFAULT_BOUND
     locking: bool = True
     accept_base: bool = False
+    net_timeout: float = DEFAULT_NETWORK.timeout
+    net_retry: float = DEFAULT_NETWORK.retry
+    net_hold: bool = DEFAULT_NETWORK.hold
     log: str | None = None
     #: flags of mount(2) by their names, passed on as they are
     flags: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def network(self) -> Network:
+        """How long servers are waited for."""
+        return Network(self.net_timeout, self.net_retry, self.net_hold)
 
 
 def _number(text: str) -> int:
@@ -53,13 +62,27 @@ def _mode(text: str) -> int:
 
 
 def _interval(text: str) -> float:
+    seconds = _pause(text)
+    if not seconds:
+        raise ValueError("is not a number of seconds")
+    return seconds
+
+
+def _pause(text: str) -> float:
+    """Read a number of seconds, which may be none."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
+    if not 0 <= seconds < math.inf:
         raise ValueError("is not a number of seconds")
     return seconds
+
+
+def _net_error(text: str) -> bool:
+    if text not in ("eio", "hold"):
+        raise ValueError("is neither eio nor hold")
+    return text == "hold"
 
 
 def _cache_size(text: str) -> int:
@@ -81,6 +104,9 @@ VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "snapshot": ("snapshot", str, "internal snapshot, by id or name, that the images are shown as of, read-only"),
     "flush-interval": ("flush_interval", _interval, "seconds between flushes where no fsync comes; default 5"),
     "cache-size": ("cache_size", _cache_size, "bytes of tables in memory, for each image file; default 32M"),
+    "net-timeout": ("net_timeout", _interval, "seconds that a server may take for one request; default 30"),
+    "net-retry": ("net_retry", _pause, "seconds for which a server that is away is waited for; default 60"),
+    "net-error": ("net_hold", _net_error, "then: eio fails what needs the server, the default; hold waits on"),
     "log": ("log", lambda text: str(Path(text).absolute()), "file for messages of the server; default: syslog"),
 }
 

@@ -45,6 +45,8 @@ class Storage(ABC):
     #: bytes
     length: int
     read_only: bool
+    #: whether it may go away for a while, and come back
+    is_remote: bool = False
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -97,6 +99,10 @@ class Storage(ABC):
     async def punch(self, offset: int, length: int) -> None:
         """Make a range read as zeros and give its space back where the host can."""
 
+    async def discard(self, offset: int, length: int) -> None:
+        """Give back the space of a range that nobody will read before it is written; it may read as anything."""
+        await self.punch(offset, length)
+
     @abstractmethod
     async def preallocate(self, length: int, *, full: bool) -> None:
         """Take the host's space for the first ``length`` bytes now; ``full`` writes zeros there."""
@@ -138,3 +144,7 @@ class Storage(ABC):
         if not self.read_now(offset, [memoryview(buffer)]):
             await self.read(offset, [memoryview(buffer)])
         return bytes(buffer)
+
+    async def read_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Offsets and lengths, each as `read_bytes` reads it; side by side where that saves time."""
+        return [await self.read_bytes(offset, length) for offset, length in ranges]

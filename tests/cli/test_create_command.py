@@ -100,7 +100,7 @@ _REFUSED: list[tuple[list[str], str]] = [
     (["-f", "qcow2", "-b", "base.raw", "-F", "bogus", "new"], "unknown format 'bogus'"),
     (["-f", "qcow2", "-b", "gone.raw", "-F", "raw", "new"], "gone.raw: cannot open: No such file"),
     (["-f", "qcow2", "-b", "gone.raw", "-F", "raw", "new", "1M"], "gone.raw: cannot open: No such file"),
-    (["-f", "qcow2", "-b", "nbd://host/x", "-F", "raw", "new"], "no local file"),
+    (["-f", "qcow2", "-b", "ssh://host/x", "-F", "raw", "new"], "no local file"),
     (["-f", "qcow2", "-u", "-b", "gone.raw", "-F", "raw", "new"], "needs a size"),
     (["-f", "qcow2", "-b", "base.raw", "-o", "backing_file=other", "-F", "raw", "new"], "given twice"),
 ]

@@ -273,7 +273,7 @@ class Overhaul:
         for cluster in self.counts.freed().tolist():
             runs.add(cluster, 1)
         for start, count in runs:
-            await self.storage.punch(start << self.bits, count << self.bits)
+            await self.storage.discard(start << self.bits, count << self.bits)
         end = self.counts.end << self.bits
         if end < self.storage.length:
             await self.storage.truncate(end)

@@ -184,7 +184,7 @@ class Refcounts:
         self._freed = self._freed or bool(returned)
         for start, count in _runs(np.array(returned, np.int64)):
             try:
-                await self._storage.punch(start << self._cluster_bits, count << self._cluster_bits)
+                await self._storage.discard(start << self._cluster_bits, count << self._cluster_bits)
             except BaseException:
                 # these stay out of use until the image is opened again; the others are tried by the next flush
                 self._returned += [cluster for cluster in returned if cluster >= start + count]

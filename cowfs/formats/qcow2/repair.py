@@ -259,7 +259,7 @@ class _Repair:
         """Give the space of leaked clusters back to the host."""
         edges = np.flatnonzero(np.diff(np.concatenate(([False], freed, [False])).astype(np.int8)))
         for start, end in edges.reshape(-1, 2).tolist():
-            await self.storage.punch(start << self.bits, end - start << self.bits)
+            await self.storage.discard(start << self.bits, end - start << self.bits)
 
     # -- copied flags
 

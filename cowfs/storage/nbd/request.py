@@ -1,0 +1,157 @@
+"""Requests of the transmission phase, and what has come back of them."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import trio
+
+from cowfs.storage.nbd.transport import MisbehavedError
+
+#: where bytes go that nobody waits for any more
+_SCRATCH = memoryview(bytearray(64 << 10))
+#: chunks that a reply may have beside one for each sector
+_SPARE_CHUNKS = 16
+_SECTOR = 512
+
+Views = Sequence[memoryview]
+
+
+def part_of(views: Views, start: int, length: int) -> list[memoryview]:
+    """Return the ``length`` bytes from ``start`` of buffers that stand for one after the other."""
+    found: list[memoryview] = []
+    for view in views:
+        if length <= 0:
+            break
+        size = len(view)
+        if start >= size:
+            start -= size
+            continue
+        piece = view[start : start + length] if start or length < size else view
+        found.append(piece)
+        length -= len(piece)
+        start = 0
+    return found
+
+
+class Request:
+    """One command. ``views`` is what a read fills; ``data``, what a write sends; offsets and lengths in bytes."""
+
+    __slots__ = (
+        "_chunks",
+        "_covered",
+        "abandoned",
+        "command",
+        "data",
+        "deadline",
+        "done",
+        "error",
+        "extents",
+        "failure",
+        "length",
+        "offset",
+        "operation",
+        "views",
+    )
+
+    def __init__(self, command: int, offset: int, length: int, *, views: Views = (), data: Views = ()) -> None:
+        self.command = command
+        self.offset = offset
+        self.length = length
+        self.views = views
+        self.data = data
+        self.operation: Operation | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as if never sent."""
+        self.done = False
+        self.abandoned = False
+        #: number that the server has answered, and its text
+        self.error: tuple[int, str] | None = None
+        #: what has become of the connection before there was an answer
+        self.failure: Exception | None = None
+        #: what a block status has found, from the start: `DESCRIPTOR` after `DESCRIPTOR`
+        self.extents = memoryview(b"")
+        self.deadline = 0.0
+        # disjoint, in order; bytes within the request that have come
+        self._covered: list[tuple[int, int]] = []
+        self._chunks = 0
+
+    # -- what comes back of a read
+
+    def expect(self, offset: int, length: int) -> int:
+        """Take note that a part comes, in offsets of the export; where in the request. Raises `MisbehavedError`."""
+        start = offset - self.offset
+        end = start + length
+        if length <= 0 or start < 0 or end > self.length:
+            raise MisbehavedError("sends bytes that were not asked for")
+        self.count_chunk()
+        covered = self._covered
+        index = bisect_left(covered, (start, start))
+        if (index and covered[index - 1][1] > start) or (index < len(covered) and covered[index][0] < end):
+            raise MisbehavedError("sends the same bytes twice")
+        # neighbours become one
+        if index < len(covered) and covered[index][0] == end:
+            end = covered.pop(index)[1]
+        first = start
+        if index and covered[index - 1][1] == start:
+            index -= 1
+            first = covered.pop(index)[0]
+        covered.insert(index, (first, end))
+        return start
+
+    def count_chunk(self) -> None:
+        """Keep a reply from going on for ever. Raises `MisbehavedError`."""
+        self._chunks += 1
+        if self._chunks > self.length // _SECTOR + _SPARE_CHUNKS:
+            raise MisbehavedError("never comes to an end with a reply")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every byte of a read has come."""
+        return self._covered == [(0, self.length)]
+
+    def place(self, start: int, length: int) -> list[memoryview]:
+        """Buffers for a part of the request; others if nobody waits for it any more."""
+        if self.abandoned:
+            return [_SCRATCH[:length]]
+        return part_of(self.views, start, length)
+
+    # -- the end
+
+    def finish(self, failure: Exception | None = None) -> None:
+        """Nothing more comes; wakes up who waits once that is so for all of its operation."""
+        self.done = True
+        self.failure = failure
+        if self.operation is not None and not self.abandoned:
+            self.operation.finished_one(self)
+
+
+class Operation:
+    """Some requests that somebody waits for.
+
+    ``on_success`` is called, before anything else happens, when the server has done all of it.
+    """
+
+    def __init__(self, requests: Sequence[Request], on_success: Callable[[], None] | None = None) -> None:
+        self.requests = requests
+        self.finished = trio.Event()
+        self._on_success = on_success
+        self._left = len(requests)
+        for request in requests:
+            request.reset()
+            request.operation = self
+
+    def finished_one(self, request: Request) -> None:
+        """Count one request that has come to its end."""
+        self._left -= 1
+        if self._left:
+            return
+        if self._on_success is not None and all(r.failure is None and r.error is None for r in self.requests):
+            self._on_success()
+        self.finished.set()
+
+    def abandon(self) -> None:
+        """Nobody waits any more: buffers are left alone from now on."""
+        for request in self.requests:
+            request.abandoned = True
