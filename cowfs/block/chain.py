@@ -222,9 +222,13 @@ class Chain:
             last = offset + length
         if first < last and not await layer.write_zeroes(first, align_up(last, layer.unit) - first):
             last = first
-        for start, end in ((offset, first), (last, offset + length)):
-            for position in range(start, end, _ZERO_STEP):
-                await self.write_layer(depth, position, memoryview(bytes(min(_ZERO_STEP, end - position))))
+        await self.fill_layer(depth, offset, first)
+        await self.fill_layer(depth, last, offset + length)
+
+    async def fill_layer(self, depth: int, start: int, end: int) -> None:
+        """Write zeros into one layer, as data. The caller holds the clusters."""
+        for position in range(start, end, _ZERO_STEP):
+            await self.write_layer(depth, position, memoryview(bytes(min(_ZERO_STEP, end - position))))
 
 
 def _by_treatment(extents: list[Extent]) -> list[tuple[bool, list[Extent]]]:

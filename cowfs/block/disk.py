@@ -14,11 +14,12 @@ from contextlib import contextmanager
 import trio
 
 from cowfs.block.copyonread import Populator
+from cowfs.block.discard import Discarding
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.owners import Piece
 from cowfs.block.partial import SECTOR, Below, PartialClusters
-from cowfs.block.stack import EVERYWHERE, Stack
+from cowfs.block.stack import EVERYWHERE
 from cowfs.block.upkeep import complete_clusters, flush_periodically
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly, UsageError
 
@@ -26,7 +27,7 @@ from cowfs.errors import CowfsError, OutOfRange, ReadOnly, UsageError
 FLUSH_INTERVAL = 5.0
 
 
-class Disk(Stack):
+class Disk(Discarding):
     """A chain in use. Belongs to one trio thread."""
 
     def __init__(

@@ -197,7 +197,22 @@ class Image(ABC):
         """Forget whole clusters, so that what is below shines through again."""
         raise Unsupported(f"{self.format} cannot deallocate")
 
+    async def discard(self, offset: int, length: int, *, bare: bool) -> bool:
+        """Make whole clusters read as zeros and let their space go; False if the format has no way to.
+
+        ``bare`` says that they may as well be unallocated: what is below has only zeros there.
+        """
+        if bare:
+            await self.deallocate(offset, length)
+            return True
+        return await self.write_zeroes(offset, length)
+
     # -- the image as a whole
+
+    @property
+    def owes_space(self) -> bool:
+        """Whether there is host space that the last flush could not give back yet."""
+        return False
 
     async def flush(self) -> None:
         """Make data and metadata durable, in an order that is safe at every instant."""

@@ -5,6 +5,7 @@ anything out of range, and never for a change while read-only.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -226,17 +227,36 @@ class Layer:
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
         """Make whole units read as zeros without data; False if the format cannot."""
-        self._check_write(offset, min(length, self.size - offset))
-        await self.begin()
-        await self.complete(offset, offset + length)
-        return await self.image.write_zeroes(offset, length)
+        return await self._replace(offset, length, self.image.write_zeroes)
 
     async def deallocate(self, offset: int, length: int) -> None:
         """Forget whole clusters."""
+
+        async def change(offset: int, length: int) -> bool:
+            await self.image.deallocate(offset, length)
+            return True
+
+        await self._replace(offset, length, change)
+
+    async def discard(self, offset: int, length: int, *, bare: bool) -> bool:
+        """Make whole clusters read as zeros and give their space back; see `Image.discard`."""
+        return await self._replace(offset, length, partial(self.image.discard, bare=bare))
+
+    async def _replace(self, offset: int, length: int, change: Callable[[int, int], Awaitable[bool]]) -> bool:
+        """Change whole units into something that is no data, if the image can.
+
+        Partial clusters among them need not be completed. They are what the layer holds until the image has changed,
+        so that nothing shines through in between.
+        """
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
-        await self.complete(offset, offset + length)
-        await self.image.deallocate(offset, length)
+        if not self._parts or self._partial is None:
+            return await change(offset, length)
+        async with self._partial.claimed(offset, offset + length) as claimed:
+            changed = await change(offset, length)
+            if changed:
+                self._partial.forget(claimed)
+        return changed
 
     # -- the layer as a whole
 

@@ -11,7 +11,8 @@ Whoever else changes such a cluster completes it first, holding the range lock.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -234,6 +235,34 @@ class PartialClusters:
         """
         await self._complete([(number, self.clusters[number]) for number in self.within(offset, end)])
 
+    @asynccontextmanager
+    async def claimed(self, offset: int, end: int) -> AsyncIterator[list[tuple[int, Partial]]]:
+        """Have the partial clusters of a guest range to oneself, so that nobody completes them meanwhile.
+
+        The caller holds the range lock, and the range is whole clusters.
+        """
+        while any(self.clusters[number].busy for number in self.within(offset, end)):
+            await self._progress.wait()
+        claimed = [(number, self.clusters[number]) for number in self.within(offset, end)]
+        for _, cluster in claimed:
+            cluster.busy = True
+        try:
+            yield claimed
+        finally:
+            self._let_go(claimed)
+
+    def forget(self, claimed: list[tuple[int, Partial]]) -> None:
+        """Give up clusters that the image says something else of by now."""
+        for number, cluster in claimed:
+            del self.clusters[number]
+            self._give_back(number, cluster)
+
+    def _let_go(self, clusters: list[tuple[int, Partial]]) -> None:
+        for _, cluster in clusters:
+            cluster.busy = False
+        self._progress.set()
+        self._progress = trio.Event()
+
     async def complete_in_background(self) -> None:
         """Wait until some clusters are partial and no writes come for a while, and complete them until some do.
 
@@ -298,10 +327,7 @@ class PartialClusters:
             for number, _ in batch:
                 del self.clusters[number]
         finally:
-            for _, cluster in batch:
-                cluster.busy = False
-            self._progress.set()
-            self._progress = trio.Event()
+            self._let_go(batch)
 
     async def _missing(self, number: int, cluster: Partial) -> list[Move]:
         """Say how to copy what has not been written; what cannot be said in moves is copied on the way."""

@@ -35,6 +35,8 @@ class Stats:
     writes: int = 0
     write_bytes: int = 0
     flushes: int = 0
+    discards: int = 0
+    discarded_bytes: int = 0
     copied_up_bytes: int = 0
     copy_on_read_errors: int = 0
 

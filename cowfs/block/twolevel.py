@@ -426,6 +426,11 @@ class TwoLevelImage(Image):
         self._freeing += [(reference, mark) for reference in dropped]
         await self._free_ready()
 
+    @property
+    def owes_space(self) -> bool:
+        """Readers may still be in it."""
+        return bool(self._freeing)
+
     async def settle(self) -> None:
         """Bring to disk what flushes have freed, until nothing is left to write."""
         while self._dropped or self.tables.is_dirty:

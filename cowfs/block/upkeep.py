@@ -49,7 +49,7 @@ async def flush_periodically(disk: Kept, interval: float) -> None:
     while True:
         await trio.sleep(interval)
         try:
-            if disk.changed:
+            if disk.changed or disk.layers[0].image.owes_space:
                 disk.changed = settled = False
                 await disk.layers[0].flush()
             elif not settled:

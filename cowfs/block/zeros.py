@@ -15,6 +15,12 @@ class Stretch(NamedTuple):
     is_zero: bool
 
 
+def is_zero(data: bytes | bytearray | memoryview) -> bool:
+    """Whether there is nothing but zeros in a buffer."""
+    whole = len(data) - len(data) % 8
+    return not (any(data[whole:]) or np.frombuffer(data, np.uint64, whole // 8).any())
+
+
 def find_zeros(view: memoryview, grain: int, shortest: int) -> Iterator[Stretch]:
     """Cut a buffer into zeros and data, in order.
 

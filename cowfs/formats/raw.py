@@ -51,6 +51,10 @@ class RawImage(Image):
         await self.storage.punch(offset, length)
         return True
 
+    async def discard(self, offset: int, length: int, *, bare: bool) -> bool:
+        """The same: nothing can be below, and there is nothing to enter."""
+        return await self.write_zeroes(offset, length)
+
     async def grow(self, size: int, zeroed_until: int) -> None:
         """Lengthen the file; nothing can be below it."""
         await self.storage.truncate(size)

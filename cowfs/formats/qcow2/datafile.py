@@ -104,6 +104,13 @@ class ExternalDataImage(Qcow2Image):
         else:
             await super().deallocate(offset, length)
 
+    async def discard(self, offset: int, length: int, *, bare: bool) -> bool:
+        """Punch a hole into the data file first, as `write_zeroes` does."""
+        if self.is_raw or not bare:
+            return await self.write_zeroes(offset, length)
+        await self.data_storage.punch(offset, length)
+        return await super().discard(offset, length, bare=True)
+
     async def _claim(self, offset: int, length: int) -> None:
         """Enter that the data file is valid for whole units."""
         end = align_up(min(offset + length, self.size), self.unit)

@@ -208,6 +208,14 @@ class QedImage(TwoLevelImage):
                 await super().write_zeroes(extent.offset, extent.length)
         return True
 
+    async def discard(self, offset: int, length: int, *, bare: bool) -> bool:
+        """The same: a hole takes no space either, and clusters that nothing refers to would be leaks."""
+        return await self.write_zeroes(offset, length)
+
+    async def has_holes(self) -> bool:
+        """If clearly more clusters are in use than the file takes space for: zeros are holes here."""
+        return self.storage.allocated * 10 // 9 < self.storage.length
+
     async def collect(self) -> None:
         """Flush, and have all that was let go of handed back, as soon as no reader is left in it."""
         await self.flush()
