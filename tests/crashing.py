@@ -241,6 +241,17 @@ class Scene:
             self.guest.note(offset, bytes(length))
             await self.disk.zero_layer(0, offset, length)
 
+    async def discard(self) -> None:
+        """Zeros of any alignment; with and without giving the space back."""
+        length = self.chooser.choice([512, 4096, 9 * 512, 40_960, 100, 30_000, 200_000])
+        offset = self.place(length)
+        length = min(length, len(self.guest.now) - offset)
+        self.guest.note(offset, bytes(length))
+        if self.chooser.random() < 0.2:
+            await self.disk.write_zeroes(offset, length, unmap=False)
+        else:
+            await self.disk.discard(offset, length)
+
     async def drop(self) -> None:
         """What is below shines through again."""
         offset, length = self._clusters()

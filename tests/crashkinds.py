@@ -43,7 +43,7 @@ async def guest(scene: Scene) -> None:
     scene.begin()
     for _ in range(2):
         async with scene.session():
-            await scene.work(25, "zero", "drop", "settle")
+            await scene.work(25, "zero", "discard", "drop", "settle")
 
 
 async def outgrow(scene: Scene) -> None:
@@ -69,7 +69,7 @@ async def stream(scene: Scene) -> None:
     scene.begin()
     async with scene.session():
         await scene.work(4)
-        await _beside(scene, Stream(scene.disk), "zero")
+        await _beside(scene, Stream(scene.disk), "zero", "discard")
         assert scene.disk.layers[0].backing is None
         await scene.work(5)
     async with scene.session():
@@ -86,9 +86,9 @@ async def commit(scene: Scene) -> None:
         await scene.work(10)
     scene.begin()
     async with scene.session():
-        await _beside(scene, Commit(scene.disk))
+        await _beside(scene, Commit(scene.disk), "discard")
         await scene.work(3)
-        await _beside(scene, Commit(scene.disk))
+        await _beside(scene, Commit(scene.disk), "discard")
 
 
 async def _base_of_same_format(scene: Scene) -> None:
@@ -114,7 +114,7 @@ async def snapshots(scene: Scene) -> None:
     """Internal snapshots, made, applied and deleted, with guests' sessions in between."""
     await scene.create()
     async with scene.session():
-        await scene.work(6, "zero")
+        await scene.work(6, "zero", "discard")
     scene.begin()
     kept: dict[str, bytes] = {}
     states = scene.snapshots = [(0, 0, kept)]
@@ -141,7 +141,7 @@ async def snapshots(scene: Scene) -> None:
         states[-1] = (states[-1][0], min(states[-1][1], len(scene.journal)), states[-1][2])
         await image.close()
         async with scene.session():
-            await scene.work(5, "zero")
+            await scene.work(5, "zero", "discard")
 
 
 async def resize(scene: Scene) -> None:
@@ -151,9 +151,9 @@ async def resize(scene: Scene) -> None:
     for _ in range(2):
         async with scene.session():
             for _ in range(3):
-                await scene.work(4, "zero")
+                await scene.work(4, "zero", "discard")
                 await _resize(scene)
-            await scene.work(4, "zero")
+            await scene.work(4, "zero", "discard")
 
 
 async def _resize(scene: Scene) -> None:
@@ -181,7 +181,7 @@ async def rebase(scene: Scene) -> None:
     scene.begin()
     for name in ("other", "base", None)[: scene.chooser.randrange(1, 4)]:
         async with scene.session(copy_on_read=False):
-            await scene.work(6, "zero")
+            await scene.work(6, "zero", "discard")
         async with scene.session(copy_on_read=False):
             below = RawImage(MemoryStorage(name, bytes(scene.storages[name].content), read_only=True)) if name else None
             await _Rebase(scene.disk, Chain([Layer(below)]) if below else None, lambda done, size: None).run()
@@ -194,13 +194,13 @@ async def overlay(scene: Scene) -> None:
     await scene.create()
     scene.begin()
     async with scene.session():
-        await scene.work(8, "zero")
+        await scene.work(8, "zero", "discard")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_put_overlay, scene, "second")
             await scene.work(8)
-        await scene.work(4, "zero")
+        await scene.work(4, "zero", "discard")
         await _put_overlay(scene, "third")
-        await scene.work(6, "zero")
+        await scene.work(6, "zero", "discard")
     async with scene.session():
         await scene.work(4)
 
@@ -245,7 +245,7 @@ async def again(scene: Scene) -> None:
     await guest(scene)
     await _cut(scene)
     async with scene.session():
-        await scene.work(20, "zero", "settle")
+        await scene.work(20, "zero", "discard", "settle")
 
 
 async def _cut(scene: Scene) -> None:

@@ -104,6 +104,10 @@ class Stack:
         if not disk.write_now(offset, data):
             await disk.write(offset, data)
 
+    async def zero(self, disk: Disk, offset: int, length: int, *, unmap: bool = True) -> None:
+        self.model[offset : offset + length] = bytes(length)
+        await disk.write_zeroes(offset, length, unmap=unmap)
+
     async def read(self, disk: Disk, offset: int, length: int) -> bytes:
         buffer = bytearray(length)
         if not disk.readinto_now(offset, memoryview(buffer)):
@@ -214,6 +218,32 @@ async def test_writes_of_every_alignment(stack: Stack) -> None:
     await stack.run(stack.verify)
 
 
+async def test_zeros_of_every_alignment(stack: Stack) -> None:
+    async def use(disk: Disk) -> None:
+        for offset, length in (
+            (0, 1),
+            (SIZE - 1, 1),
+            (511, 2),
+            (4095, 130_000),
+            (65_536, 65_536),
+            (131_072, 4096),
+            (300_000, 200_000),
+            (299_999, 3),
+            (SIZE - 70_000, 70_000),
+        ):
+            await stack.zero(disk, offset, length, unmap=False)
+            await stack.verify(disk)
+            await stack.write(disk, offset, b"w" * length)
+            await stack.zero(disk, offset, length)
+            await stack.verify(disk)
+        await stack.write(disk, 100_000, b"again" * 10_000)
+        await stack.verify(disk)
+
+    await stack.run(use)
+    stack.judge()
+    await stack.run(stack.verify)
+
+
 async def test_fragmented_images(stack: Stack) -> None:
     """Clusters written backwards and in strides, so that neighbours of the guest are none in the file."""
     rnd = random.Random(5)
@@ -271,6 +301,8 @@ async def test_requests_beyond_the_end_are_refused(stack: Stack) -> None:
                 disk.write_now(offset, view)
             with pytest.raises(OutOfRange):
                 await disk.write(offset, view)
+            with pytest.raises(OutOfRange):
+                await disk.discard(offset, length)
 
     await stack.run(use)
     stack.judge()
@@ -284,6 +316,8 @@ async def test_a_disk_that_is_open_read_only_changes_nothing(stack: Stack) -> No
         disk.write_now(0, b"x")
     with pytest.raises(ReadOnly):
         await disk.write(0, b"x")
+    with pytest.raises(ReadOnly):
+        await disk.discard(0, 1)
     with pytest.raises(ReadOnly):
         await disk.grow(SIZE * 2)
     await disk.close()
@@ -345,7 +379,7 @@ async def test_linking_to_another_backing_file(stack: Stack) -> None:
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["write", "write", "write", "read", "flush", "copy_up", "reopen"]),
+        st.sampled_from(["write", "write", "write", "read", "flush", "copy_up", "reopen", "discard", "zero"]),
         st.integers(0, SIZE - 1),
         st.one_of(st.integers(1, 5000), st.integers(1, 200_000), st.sampled_from([512, 4096, 65_536])),
     ),
@@ -373,6 +407,8 @@ def test_random_operations_against_a_byte_array(
                 assert await stack.read(disk, offset, length) == stack.model[offset : offset + length]
             elif operation == "flush":
                 await disk.flush()
+            elif operation in ("discard", "zero"):
+                await stack.zero(disk, offset, length, unmap=operation == "discard")
             elif operation == "copy_up":
                 await disk.copy_up(offset, length)
             else:
