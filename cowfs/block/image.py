@@ -133,6 +133,10 @@ class Image(ABC):
                 found.append(Extent(Kind.ZERO if region.hole else kind, position, region.length, region.offset))
         return found
 
+    def held_from(self, offset: int) -> int:
+        """Return an offset, not before the given one, up to which nothing is held, as far as that is easy to tell."""
+        return offset
+
     async def read_compressed(self, extent: Extent) -> bytes:
         """Unpack the whole cluster that a compressed extent lies in."""
         raise Unsupported(f"{self.format} has no compressed clusters")

@@ -112,6 +112,12 @@ class Layer:
         """Like `map`, with the holes that the storage knows of as zeros."""
         return await self._mapped(self.image.block_status, offset, length)
 
+    def held_from(self, offset: int) -> int:
+        """Offset, not before the given one, up to which the layer holds nothing, as far as that is easy to tell."""
+        if offset >= self.size:
+            return 1 << 63
+        return offset if self._parts else self.image.held_from(offset)
+
     async def _mapped(
         self, look: Callable[[int, int], Awaitable[list[Extent]]], offset: int, length: int
     ) -> list[Extent]:

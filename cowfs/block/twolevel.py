@@ -22,6 +22,8 @@ from cowfs.errors import CorruptImage, CowfsError, Unsupported
 
 #: references that were given up in memory and wait for a flush
 MAX_DROPPED = 1 << 16
+#: entries of L1 that are searched at once
+LINKS = 1 << 16
 
 
 class _Dropped(NamedTuple):
@@ -224,6 +226,18 @@ class TwoLevelImage(Image):
             extents += found
             offset = part
         return extents
+
+    def held_from(self, offset: int) -> int:
+        """The first cluster that has an L2 table; the end of the disk if none follows."""
+        width = self.cluster_bits + self.table_bits
+        index = offset >> width
+        links = np.frombuffer(self.l1.entries, np.uint64)
+        while index < len(links):
+            part = links[index : index + LINKS]
+            if part.any():
+                return max(offset, index + int((part != 0).argmax()) << width)
+            index += LINKS
+        return max(offset, self.size)
 
     # -- changing
 

@@ -10,14 +10,16 @@ from typing import Any, TypeVar
 import pyfuse3
 
 from cowfs.errors import CowfsError
+from cowfs.fuse import shim
 
 log = logging.getLogger(__name__)
 
 OperationsType = TypeVar("OperationsType", bound=type[pyfuse3.Operations])
 Handler = Callable[..., Any]
 
-#: every handler that pyfuse3 calls and awaits
+#: every handler that pyfuse3 calls and awaits, and those that it does not know of
 HANDLERS = [name for name, member in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(member)]
+HANDLERS += shim.ADDED
 
 
 def guarded(operations: OperationsType) -> OperationsType:
@@ -28,7 +30,8 @@ def guarded(operations: OperationsType) -> OperationsType:
     log with its traceback, and the caller gets EIO.
     """
     for name in HANDLERS:
-        setattr(operations, name, _guard(getattr(operations, name)))
+        if hasattr(operations, name):
+            setattr(operations, name, _guard(getattr(operations, name)))
     return operations
 
 

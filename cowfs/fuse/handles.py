@@ -1,11 +1,15 @@
 """Open files and directories."""
 
+import errno
+import os
 import select
+from functools import partial
 
 import pyfuse3
 
 from cowfs.block.disk import Disk
-from cowfs.errors import NotFound, NotPermitted, Stale, UsageError
+from cowfs.block.seek import next_data, next_hole
+from cowfs.errors import NotFound, NotPermitted, OutOfRange, Stale, Unsupported, UsageError
 from cowfs.fuse.tree import ControlNode, FlatFile, LayerFile, Node
 
 #: what poll(2) says of a file that is always ready
@@ -14,6 +18,10 @@ READY = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 CHANGED = select.POLLERR | select.POLLPRI
 #: bytes of a command; no path is longer
 MAX_COMMAND = 8192
+#: modes of fallocate(2), ``<linux/falloc.h>``
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10
+#: bytes behind the start of a hole that are asked of the kernel first, whether there is data for them by now
+LAUNDERED = 64 << 10
 
 
 class Handle:
@@ -36,6 +44,14 @@ class Handle:
     async def flush(self) -> None:
         """Make durable what was written."""
 
+    async def fallocate(self, offset: int, length: int, mode: int) -> None:
+        """Do what fallocate(2) says."""
+        raise NotPermitted("takes no space that could be given back")
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """Find data or a hole, as lseek(2) does; what has no size has neither."""
+        raise pyfuse3.FUSEError(errno.ENXIO)
+
     def poll(self, waiter: pyfuse3.PollHandle | None) -> int:
         """Return the events of poll(2) that are there; ``waiter`` is told of the next one."""
         return READY
@@ -53,15 +69,50 @@ class FlatHandle(Handle):
         self.disk = self.served.disk
         self._writable = writable
         self.served.open_files += 1
+        self.served.writers += writable
 
     async def flush(self) -> None:
         """Flush the disk, unless nothing can have been written through this handle."""
         if self._writable:
             await self.served.disk.flush()
 
+    async def fallocate(self, offset: int, length: int, mode: int) -> None:
+        """Discard, or zero; space is not taken before something is written, but asking for it is no fault."""
+        disk, end = self.served.disk, offset + length
+        if mode & ~(KEEP_SIZE | PUNCH_HOLE | ZERO_RANGE):
+            raise Unsupported("of fallocate, disks know holes and zeros", file=self.served.file)
+        if end > disk.size and not mode & KEEP_SIZE:
+            raise OutOfRange(f"space beyond the end of the disk at {disk.size} bytes", file=self.served.file)
+        length = min(length, disk.size - offset)
+        if length > 0 and mode & PUNCH_HOLE:
+            await disk.discard(offset, length)
+        elif length > 0 and mode & ZERO_RANGE:
+            await disk.write_zeroes(offset, length)
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """Look again where the kernel had something to write: it asks for holes without having told of that."""
+        disk, launder = self.served.disk, partial(self.served.launder, self.node.inode)
+        found = await _seek(disk, offset, whence)
+        if not self.served.writers:
+            return _present(found)
+        if whence == os.SEEK_DATA:
+            if found != offset:
+                await launder(offset, (disk.size if found is None else found) - offset)
+                found = await _seek(disk, offset, whence)
+            return _present(found)
+        hole, length = _present(found), LAUNDERED
+        while hole < disk.size:
+            await launder(hole, length)
+            found = await next_hole(disk, hole)
+            if found == hole:
+                break
+            hole, length = found, 2 * length
+        return hole
+
     def close(self) -> None:
         """The image may be removed once nobody has it open."""
         self.served.open_files -= 1
+        self.served.writers -= self._writable
 
 
 class LayerHandle(Handle):
@@ -75,13 +126,21 @@ class LayerHandle(Handle):
 
     async def read(self, offset: int, size: int) -> bytes | bytearray:
         """Read as of this layer; `Stale` once it has left the chain, or shows no disk any more."""
+        depth = self._depth()
+        length = min(size, self._layer.size - offset)
+        return await self.served.disk.read(offset, length, depth) if length > 0 else b""
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """Look at what this layer and those below it hold."""
+        return _present(await _seek(self.served.disk, offset, whence, self._depth()))
+
+    def _depth(self) -> int:
         disk = self.served.disk
         if self._layer not in disk.layers:
             raise Stale("is no longer a layer of the chain", file=self._layer.name)
         if self._layer in disk.spoiled:
             raise Stale("is being merged into a layer below it, by a commit", file=self._layer.name)
-        length = min(size, self._layer.size - offset)
-        return await disk.read(offset, length, disk.layers.index(self._layer)) if length > 0 else b""
+        return disk.layers.index(self._layer)
 
     def close(self) -> None:
         """The image may be removed once nobody has it open."""
@@ -137,6 +196,19 @@ class ControlHandle(Handle):
     def close(self) -> None:
         """Nobody waits on it any more."""
         self._file.changes(self._subject).forget(self)
+
+
+async def _seek(disk: Disk, offset: int, whence: int, depth: int = 0) -> int | None:
+    """Find data or a hole as seen from a layer; None if there is none."""
+    if not 0 <= offset < disk.layers[depth].size:
+        return None
+    return await (next_data if whence == os.SEEK_DATA else next_hole)(disk, offset, depth)
+
+
+def _present(found: int | None) -> int:
+    if found is None:
+        raise pyfuse3.FUSEError(errno.ENXIO)
+    return found
 
 
 def open_handle(node: Node, *, writable: bool) -> Handle:

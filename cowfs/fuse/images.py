@@ -85,8 +85,12 @@ class Served:
         self.may_shrink_to: int | None = None
         #: what kept the last `resize` from being made
         self.resize_error: CowfsError | None = None
-        #: flat views that are open
-        self.open_files = 0
+        #: discards from outside; then the kernel keeps nothing of what was there
+        self.discard: Callable[[int, int], Awaitable[None]] = self.discard_here
+        #: has the kernel write what it keeps of a node's range and has not written yet: inode, offset, length
+        self.launder: Callable[[int, int, int], Awaitable[None]]
+        #: flat views that are open, and those of them that can write
+        self.open_files = self.writers = 0
         #: whether it was taken out of the mount
         self.is_removed = False
         self._copy_on_read = disk.copy_on_read
@@ -128,6 +132,10 @@ class Served:
             if self._running and (job := self.jobs.active) is not None:
                 raise Busy(f"a {job.verb} job is {job.state.value}; the disk cannot shrink meanwhile", file=self.file)
             await self.disk.shrink(size)
+
+    async def discard_here(self, offset: int, length: int) -> None:
+        """Discard a range, whatever the kernel keeps of it."""
+        await self.disk.discard(offset, length)
 
     async def put_overlay(self, file: str, format: str) -> None:
         """Make a new image the active layer; see `cowfs.formats.overlay.put_overlay`."""
@@ -177,6 +185,9 @@ class Mount:
         self.on_remove: Callable[[Served], None] = lambda served: None
         #: sets the size of a flat file; see `Served.truncate`
         self.truncate: Callable[[Served, int], Awaitable[None]] = Served.resize
+        #: see `Served.discard` and `Served.launder`
+        self.discard: Callable[[Served, int, int], Awaitable[None]] = Served.discard_here
+        self.launder: Callable[[int, int, int], Awaitable[None]]
         self._taken = RESERVED | reserved
         self._nursery: trio.Nursery | None = None
         self._changing = trio.Lock()
@@ -230,6 +241,8 @@ class Mount:
                 log.warning("%s: was not closed cleanly, and is not repaired while it is open read-only", layer.name)
         served = Served(name, disk, self._opening)
         served.truncate = lambda size: self.truncate(served, size)
+        served.discard = lambda offset, length: self.discard(served, offset, length)
+        served.launder = self._launder
         return served
 
     async def _open_disk(self, path: str, format: str | None, writable: bool) -> Disk:
@@ -286,6 +299,10 @@ class Mount:
             if error.file is not None and any(os.path.samefile(error.file, name) for name in names):  # noqa: PTH121
                 error.message = _CLASH.format(other.name)
                 return
+
+    async def _launder(self, inode: int, offset: int, length: int) -> None:
+        # which is set after images have been added
+        await self.launder(inode, offset, length)
 
     async def remove(self, name: str) -> None:
         """Take an image out and close it. Raises `NotFound`, or `Busy` if it is open or has a job."""

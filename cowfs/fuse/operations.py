@@ -212,6 +212,14 @@ class Operations(pyfuse3.Operations):
         if disk is not None:
             await disk.flush()
 
+    async def fallocate(self, fh: int, offset: int, length: int, mode: int) -> None:
+        """Make holes and zeros; called by way of `cowfs.fuse.shim`."""
+        await self._handles[fh].fallocate(offset, length, mode)
+
+    async def lseek(self, fh: int, offset: int, whence: int) -> int:
+        """Find data and holes; called by way of `cowfs.fuse.shim`."""
+        return await self._handles[fh].seek(offset, whence)
+
     async def release(self, fh: int) -> None:
         """Close a file."""
         self._handles.pop(fh).close()

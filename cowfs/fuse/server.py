@@ -19,6 +19,7 @@ from cowfs.fuse.images import Mount, Served, Source
 from cowfs.fuse.loop import speed_up
 from cowfs.fuse.operations import Operations
 from cowfs.fuse.options import Settings
+from cowfs.fuse.shim.requests import Requests
 from cowfs.fuse.tree import FlatFile, Node
 
 log = logging.getLogger(__name__)
@@ -51,22 +52,27 @@ async def _serve(request: Request, ready: Callable[[], None]) -> int:
         for source in request.sources:
             await mount.add(source)
         operations = Operations(mount)
-        _mount(operations, request)
+        requests = Requests(operations)
+        _mount(operations, requests, request)
     except BaseException:
         with trio.CancelScope(shield=True):
             await mount.close()
         raise
-    return await _Server(mount, operations, ready).run()
+    return await _Server(mount, operations, requests, ready).run()
 
 
-def _mount(operations: Operations, request: Request) -> None:
+def _mount(operations: Operations, requests: Requests, request: Request) -> None:
     speed_up()
+    requests.offer()
     with _stderr_kept() as said:
         try:
             pyfuse3.init(operations, request.mount_point, _fuse_options(request))
         except RuntimeError as error:
             reason = said().strip().replace("\n", "; ") or str(error)
             raise CowfsError(f"cannot mount: {reason}", file=request.mount_point) from error
+    lacking = requests.take()
+    if lacking is not None:
+        log.warning("%s: no discards and holes, except through .cowfs: %s", request.mount_point, lacking)
 
 
 def _fuse_options(request: Request) -> set[str]:
@@ -103,8 +109,9 @@ def _stderr_kept() -> Iterator[Callable[[], str]]:
 class _Server:
     """The mount between its first and its last request."""
 
-    def __init__(self, mount: Mount, operations: Operations, ready: Callable[[], None]) -> None:
+    def __init__(self, mount: Mount, operations: Operations, requests: Requests, ready: Callable[[], None]) -> None:
         self._mount = mount
+        self._requests = requests
         self._tree = operations.tree
         self._ready = ready
         self._announced = False
@@ -113,6 +120,8 @@ class _Server:
         operations.on_overrun = self._note_overrun
         mount.on_remove = self._forget
         mount.truncate = self._truncate
+        mount.discard = self._discard
+        mount.launder = requests.launder
 
     async def run(self) -> int:
         """Serve; the exit code."""
@@ -122,6 +131,7 @@ class _Server:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._await_signal, signals)
                     await self._mount.start(nursery)
+                    self._requests.serve(nursery)
                     nursery.start_soon(self._announce)
                     nursery.start_soon(self._correct_sizes)
                     await pyfuse3.main()
@@ -192,6 +202,15 @@ class _Server:
             if served.resize_error is not None:
                 raise served.resize_error from error
             raise StorageError.from_os(error, file=served.file, doing="cannot resize") from error
+
+    async def _discard(self, served: Served, offset: int, length: int) -> None:
+        """Discard between what the kernel still has to write and what it reads next."""
+        inode = self._tree.flat(served).inode
+        await self._ask_kernel(kernel.flush_pages, served.name)
+        await served.discard_here(offset, length)
+        # a node that the kernel does not know has nothing in its cache
+        with contextlib.suppress(FileNotFoundError):
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
 
     def _forget(self, served: Served) -> None:
         """Make an image's names vanish from the kernel's memory too."""

@@ -102,6 +102,10 @@ class Tree:
         """Return the node of a number, if there is one."""
         return self._nodes.get(inode)
 
+    def flat(self, served: Served) -> FlatFile:
+        """Return the node of an image's flat file."""
+        return self._node((served, "flat"), FlatFile, served)
+
     def find(self, parent: int, name: str) -> Node | None:
         """Return a directory's child."""
         node = self[parent]
@@ -131,7 +135,7 @@ class Tree:
     def _root_children(self) -> Iterator[tuple[str, Node]]:
         yield CONTROL_DIRECTORY, self.control
         for name, served in list(self._mount.images.items()):
-            yield name, self._node((served, "flat"), FlatFile, served)
+            yield name, self.flat(served)
 
     def _control_children(self) -> Iterator[tuple[str, Node]]:
         for name, file in MOUNT_FILES.items():
