@@ -88,7 +88,7 @@ class ChainFiles:
 
 
 class Writer:
-    """A guest that writes to random places, as fast as it gets answers, and knows what it has written."""
+    """A guest that writes to random places and discards some, as fast as it gets answers, and knows what it has written."""
 
     def __init__(self, disk: Disk, content: bytes, seed: int = 1) -> None:
         self.disk = disk
@@ -100,10 +100,13 @@ class Writer:
         rnd = self._rnd
         size = rnd.choice([512, 4096, 4096, 4096, 70_000])
         offset = rnd.randrange((len(self.model) - size) // 512) * 512
-        data = rnd.randbytes(size)
+        discards = rnd.random() < 0.1
+        data = bytes(size) if discards else rnd.randbytes(size)
         self.model[offset : offset + size] = data
         with trio.CancelScope(shield=True):
-            if not self.disk.write_now(offset, data):
+            if discards:
+                await self.disk.discard(offset, size)
+            elif not self.disk.write_now(offset, data):
                 await self.disk.write(offset, data)
             self.writes += 1
             if not self.writes % 50:

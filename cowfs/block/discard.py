@@ -78,10 +78,17 @@ class Discarding(Stack):
             await self._vet(0, start, memoryview(bytes(min(top.image.vetted, end) - start)))
         if unmap:
             start, end = await self._widened(start, end)
-            self._about_to_write(start, end - start)
-            await self._give_up(start, end)
-            return
         self._about_to_write(start, end - start)
+        if self.sink is not None:
+            await self.sink.write_zeroes(start, end - start)
+        elif unmap:
+            await self._give_up(start, end)
+        else:
+            await self._zero_in_place(start, end)
+
+    async def _zero_in_place(self, start: int, end: int) -> None:
+        """Zeros over what has space in the active layer; the rest is given up."""
+        top = self.layers[0]
         position = start
         for extent in await top.map(start, end - start):
             if extent.kind is Kind.DATA:

@@ -8,7 +8,8 @@ along, whatever is on its way.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from cowfs.block.chain import Chain
 from cowfs.block.extent import Extent, Kind
@@ -60,15 +61,24 @@ class Sink:
         chain = self._chain
         for extent in await chain.layers[0].map(offset, len(data)):
             part = data[extent.offset - offset : extent.end - offset]
-            if extent.kind is Kind.UNALLOCATED and await self._write_below(extent, part):
-                continue
-            await chain.write_layer(0, extent.offset, part)
+            if not await self._is_done_below(extent, partial(chain.write_layer, 1, extent.offset, part)):
+                await chain.write_layer(0, extent.offset, part)
 
-    async def _write_below(self, extent: Extent, data: memoryview) -> bool:
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, part by part like `write`."""
+        chain = self._chain
+        for extent in await chain.layers[0].map(offset, length):
+            if not await self._is_done_below(extent, partial(chain.zero_layer, 1, extent.offset, extent.length)):
+                await chain.zero_layer(0, extent.offset, extent.length)
+
+    async def _is_done_below(self, extent: Extent, change: Callable[[], Awaitable[None]]) -> bool:
+        """Make a change in the layer below, if the active one holds nothing of it; False if it is for that one."""
+        if extent.kind is not Kind.UNALLOCATED:
+            return False
         if extent.end <= self._chain.layers[1].size:
             self._is_unsafe = True
             try:
-                await self._chain.write_layer(1, extent.offset, data)
+                await change()
             except StorageError as error:
                 if not self._is_failing:
                     log.warning("commit: %s; meanwhile the active layer takes what guests write", error)
