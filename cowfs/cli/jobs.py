@@ -11,8 +11,11 @@ from cowfs.block.disk import Disk
 from cowfs.cli.progress import Display, progress_display
 from cowfs.errors import CowfsError, UsageError
 from cowfs.formats.chain import open_disk
+from cowfs.jobs.commit import Commit
 from cowfs.jobs.control import progress
 from cowfs.jobs.job import Job, OnError, State
+from cowfs.jobs.plan import drop_done, plan_of_job
+from cowfs.jobs.stream import Stream
 
 #: seconds between two looks at a job that goes on
 INTERVAL = 0.5
@@ -32,23 +35,28 @@ def offline_policy(file: str, text: str) -> OnError:
     return OnError(text)
 
 
-def run_offline(file: str, format: str | None, make: Callable[[Disk], Job], *, quiet: bool) -> int | None:
+def run_offline(file: str, format: str | None, make: Callable[[Disk], Stream | Commit], *, quiet: bool) -> int | None:
     """Open a chain, run a job on it, close it. ``make`` may refuse, by raising, what the chain is not fit for."""
     # what goes wrong is said here, in one line; without a handler the log would say it too
     logging.getLogger("cowfs").addHandler(logging.NullHandler())
     return trio.run(_run_offline, file, format, make, quiet)
 
 
-async def _run_offline(file: str, format: str | None, make: Callable[[Disk], Job], quiet: bool) -> int | None:
+async def _run_offline(
+    file: str, format: str | None, make: Callable[[Disk], Stream | Commit], quiet: bool
+) -> int | None:
     disk = await open_disk(file, format, writable=True, copy_on_read=False)
     try:
         job = make(disk)
+        plan = plan_of_job(job)
         with progress_display(job.verb, quiet=quiet) as display:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch, job, display)
                 await job.run()
                 nursery.cancel_scope.cancel()
             display.show(progress(job))
+        if job.state is State.COMPLETED:
+            await drop_done(job, plan)
     finally:
         with trio.CancelScope(shield=True):
             await disk.close()

@@ -19,9 +19,9 @@ from cowfs.fuse.stale import is_dead
 def command(mount_point: str) -> None:
     """Flush all disks of a mount, unmount it, and wait until its server has gone.
 
-    When the command returns, the images are complete on disk and free for other programs. Jobs that run are
-    ended; what they have done stays done. A mount that is in use is left as it is. One whose server has died
-    is cleared away.
+    When the command returns, the images are complete on disk and free for other programs. Jobs that are
+    active go on with the next mount. A mount that is in use is left as it is. One whose server has died is
+    cleared away.
 
     \b
     Example:

@@ -70,10 +70,11 @@ def check_name(name: str, taken: frozenset[str] = RESERVED) -> None:
 class Served:
     """One image of the mount: its disk, its jobs, and what went wrong last."""
 
-    def __init__(self, name: str, disk: Disk, opening: Opening) -> None:
+    def __init__(self, name: str, disk: Disk, opening: Opening, *, resume_jobs: bool = True) -> None:
         self.name = name
         self.disk = disk
         self._opening = opening
+        self._resume_jobs = resume_jobs
         self.jobs: JobControl
         #: why the last command, read or write that failed did so
         self.error = ""
@@ -140,24 +141,55 @@ class Served:
     async def put_overlay(self, file: str, format: str) -> None:
         """Make a new image the active layer; see `cowfs.formats.overlay.put_overlay`."""
         with self.jobs.kept_out("a snapshot is being made"):
+            active = self.disk.layers[0]
             await put_overlay(self.disk, file, format, self._opening)
+            # if one was left alone, it is of no disk any more
+            await self.jobs.drop_journal(active)
         self.changes.happened()
 
     async def run(
         self, neighbours: Callable[[], list[Neighbour]], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Serve the disk and its jobs until `stop`."""
-        self._running = True
+        # what goes on behind a disk ends after its jobs, which need it until they have tidied up
+        background = trio.CancelScope(shield=True)
         try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    self.jobs = JobControl(self.disk, nursery, neighbours)
-                    self.jobs.on_change = self._settle_copy_on_read
-                    await nursery.start(self.disk.run)
-                    task_status.started()
-                    await trio.sleep_forever()
+            async with trio.open_nursery() as outer:
+                try:
+                    await outer.start(self._run_disk, background)
+                    with self._scope:
+                        async with trio.open_nursery() as nursery:
+                            self.jobs = JobControl(self.disk, nursery, neighbours)
+                            self.jobs.on_change = self._settle_copy_on_read
+                            self._running = True
+                            await self._take_up_job()
+                            task_status.started()
+                            await trio.sleep_forever()
+                finally:
+                    background.cancel()
         finally:
             self._ended.set()
+
+    async def _run_disk(self, scope: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
+        with scope:
+            await self.disk.run(task_status)
+
+    async def _take_up_job(self) -> None:
+        """Go on with the job of an earlier mount; what keeps it from that does not keep the disk from being served."""
+        try:
+            await self.jobs.take_up(wanted=self._resume_jobs, opening=self._opening)
+        except CowfsError as error:
+            self.error = f"no job of an earlier mount goes on: {error}"
+            log.warning("%s: %s", self.name, self.error)
+            self.changes.happened()
+
+    @property
+    def written(self) -> set[tuple[object, ...]]:
+        """Files that are written, or worth nothing when the job that is active has ended."""
+        layers = [layer for layer in self.disk.layers if not layer.storage.read_only]
+        if self._running:
+            layers += self.jobs.claimed
+        return {storage.identity for layer in layers for storage in layer.storages}
 
     async def stop(self) -> None:
         """End the jobs, wait for what is in the background, flush and close."""
@@ -212,9 +244,11 @@ class Mount:
             if self._nursery is not None:
                 try:
                     await self._nursery.start(served.run, partial(self._neighbours, served))
+                    # a job of another disk may have begun meanwhile
+                    self._refuse_sharing(served.disk)
                 except BaseException:
                     with trio.CancelScope(shield=True):
-                        await served.disk.close()
+                        await served.stop()
                     raise
             self.images[served.name] = served
         self.changes.happened()
@@ -239,7 +273,7 @@ class Mount:
         for layer in disk.layers:
             if layer.image.dirty and layer.storage.read_only:
                 log.warning("%s: was not closed cleanly, and is not repaired while it is open read-only", layer.name)
-        served = Served(name, disk, self._opening)
+        served = Served(name, disk, self._opening, resume_jobs=self.settings.resume_jobs)
         served.truncate = lambda size: self.truncate(served, size)
         served.discard = lambda offset, length: self.discard(served, offset, length)
         served.launder = self._launder
@@ -285,7 +319,7 @@ class Mount:
     def _refuse_sharing(self, disk: Disk) -> None:
         """A file that one chain writes to must not be part of another."""
         for other in self.images.values():
-            written, used = _written(other.disk), _identities(other.disk)
+            written, used = other.written, _identities(other.disk)
             for layer in disk.layers:
                 mine = layer is disk.layers[0] and not disk.read_only
                 if any(storage.identity in (used if mine else written) for storage in layer.storages):
@@ -355,8 +389,3 @@ def _full(size: int) -> os.statvfs_result:
 
 def _identities(disk: Disk) -> set[tuple[object, ...]]:
     return {storage.identity for layer in disk.layers for storage in layer.storages}
-
-
-def _written(disk: Disk) -> set[tuple[object, ...]]:
-    """Return what is open for writing: the active layer, and during a commit its base."""
-    return {s.identity for layer in disk.layers if not layer.storage.read_only for s in layer.storages}

@@ -38,6 +38,7 @@ class Settings:
     net_timeout: float = DEFAULT_NETWORK.timeout
     net_retry: float = DEFAULT_NETWORK.retry
     net_hold: bool = DEFAULT_NETWORK.hold
+    resume_jobs: bool = True
     log: str | None = None
     #: flags of mount(2) by their names, passed on as they are
     flags: frozenset[str] = field(default_factory=frozenset)
@@ -120,6 +121,8 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "accept-base": ({"accept_base": True}, "backing files that have changed are taken for what they should be"),
     "lock": ({"locking": True}, "other programs are kept from using the images in ways that clash; the default"),
     "nolock": ({"locking": False}, "they are not, and not asked either"),
+    "resume-jobs": ({"resume_jobs": True}, "jobs that were running when the last mount ended go on; the default"),
+    "no-resume-jobs": ({"resume_jobs": False}, "they do not, and can be resumed by a later mount"),
     "writeback-cache": ({"writeback_cache": True}, "buffered writes wait in the kernel's page cache; the default"),
     "no-writeback-cache": ({"writeback_cache": False}, "every write reaches the server before it returns"),
 }

@@ -94,6 +94,16 @@ class Commit(Job):
         self._keep = keep
         self._step = max(STEP, *(layer.cluster_size for layer in layers))
 
+    @property
+    def layers(self) -> tuple[Layer, Layer]:
+        """The layer that is merged, the first of them if there are several, and that into which."""
+        return self._top, self._base
+
+    @property
+    def keeps(self) -> bool:
+        """Whether all layers stay as they are."""
+        return self._keep
+
     async def work(self) -> None:
         """Copy, relink, drain, pivot; as far as that is asked for."""
         self.disk.layers[0].require_writable()

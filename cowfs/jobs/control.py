@@ -1,19 +1,27 @@
 """The jobs of one disk, as commands start and steer them: ``start speed=1M``, ``pause``, ``speed=0``, …"""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
 from cowfs.block.disk import Disk
-from cowfs.errors import Busy, UsageError
+from cowfs.block.layer import Layer
+from cowfs.errors import Busy, CowfsError, NotFound, UsageError
+from cowfs.formats.chain import PLAIN, Opening
+from cowfs.formats.merged import mark_merged
 from cowfs.jobs.changes import Changes
-from cowfs.jobs.commit import Commit
+from cowfs.jobs.commit import Commit, Pivot
 from cowfs.jobs.job import Job, OnError, State
+from cowfs.jobs.journal import Entry, Recorded, find_journal, journal_of, layer_name, remove_journal
+from cowfs.jobs.plan import Plan, arguments_of, plan_of
 from cowfs.jobs.stream import Stream
 from cowfs.units import parse_size
+
+log = logging.getLogger(__name__)
 
 
 class Neighbour(NamedTuple):
@@ -23,25 +31,64 @@ class Neighbour(NamedTuple):
     disk: Disk
 
 
-class Kind(NamedTuple):
-    """One kind of job, and the values that each key of its ``start`` takes; others are refused.
+class Key(NamedTuple):
+    """One key of ``start``: the argument of the job that it gives, and its values as the manual lists them.
 
-    ``later`` holds values and keys that belong to the language but are not built; None is any value.
+    ``read`` makes the argument, from key and value and the layers of the chain.
     """
 
-    make: type[Job]
-    keys: Mapping[str, Sequence[str]]
-    later: Mapping[str, Sequence[str] | None]
+    argument: str
+    values: Sequence[str]
+    read: Callable[[str, str, Sequence[Layer]], object]
 
 
-_POLICIES = tuple(policy.value for policy in OnError)
+def _read_size(key: str, text: str, layers: Sequence[Layer]) -> int:
+    return parse_size(text)
+
+
+def _read_layer(key: str, text: str, layers: Sequence[Layer]) -> Layer:
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"{key}={text}: '{text}' is not the number of a layer")
+    if len(text) > 9 or int(text) >= len(layers):
+        raise NotFound(f"{key}={text}: there is no such layer; the chain has 0, the deepest, to {len(layers) - 1}")
+    return layers[len(layers) - 1 - int(text)]
+
+
+def _word_key(argument: str, values: type[OnError] | type[Pivot]) -> Key:
+    """Return a key that takes one of a few words."""
+    words = [value.value for value in values]
+
+    def read(key: str, text: str, layers: Sequence[Layer]) -> object:
+        if text not in words:
+            raise UsageError(f"{key}={text} is not one of {', '.join(words)}")
+        return values(text)
+
+    return Key(argument, words, read)
+
+
+_COMMON = {
+    "speed": Key("speed", ("BYTES_PER_SECOND",), _read_size),
+    "on-error": _word_key("on_error", OnError),
+}
+
+
+class Kind(NamedTuple):
+    """One kind of job, and the keys of its ``start``; others are refused."""
+
+    make: Callable[..., Job]
+    keys: Mapping[str, Key]
+
 
 KINDS: dict[str, Kind] = {
-    "stream": Kind(Stream, {"on-error": _POLICIES}, {"base": None}),
+    "stream": Kind(Stream, {"base": Key("base", ("N",), _read_layer), **_COMMON}),
     "commit": Kind(
         Commit,
-        {"on-error": _POLICIES, "pivot": ("no",)},
-        {"base": None, "top": None, "pivot": ("yes",)},
+        {
+            "top": Key("top", ("N",), _read_layer),
+            "base": Key("base", ("N",), _read_layer),
+            "pivot": _word_key("pivot", Pivot),
+            **_COMMON,
+        },
     ),
 }
 
@@ -67,6 +114,10 @@ class JobControl:
         self._neighbours = neighbours
         self.jobs: dict[str, Job] = {}
         self._kept_out: str | None = None
+        # of the last job; its plan; what keeps the journals of successive jobs apart
+        self._recorded: Recorded | None = None
+        self._plan: Plan | None = None
+        self._journal_lock = trio.Lock()
         #: changes of state, for each kind of job
         self.changes = {verb: Changes() for verb in KINDS}
         #: called at every change of any job's state
@@ -76,6 +127,11 @@ class JobControl:
     def active(self) -> Job | None:
         """The job that goes on, or is about to."""
         return next((job for job in self.jobs.values() if job.state.is_active or job.state is State.NONE), None)
+
+    @property
+    def claimed(self) -> Sequence[Layer]:
+        """Layers that the active job writes to or makes worth nothing, but for the active one."""
+        return self._plan.claimed if self._plan is not None and self.active is not None else ()
 
     @contextmanager
     def kept_out(self, reason: str) -> Iterator[None]:
@@ -97,83 +153,131 @@ class JobControl:
     async def command(self, verb: str, text: str) -> None:
         """Obey one command for the ``stream`` or ``commit`` job.
 
-        Raises `UsageError` for words that are not understood or do not fit the job's state, `Busy` for a
-        conflict, `ReadOnly`.
+        Raises `UsageError` for words that are not understood or do not fit the job's state, `NotFound` for a layer
+        that is not there, `Busy` for a conflict, `ReadOnly`.
         """
         words = text.split()
         name = words[0].partition("=")[0] if words else ""
         if name == "start" and words[0] == name:
-            await self._start(verb, words[1:])
+            await self._begin(verb, parse_keys(verb, words[1:], self._disk.layers))
         elif len(words) != 1 or name not in COMMANDS or (name == "speed") != ("=" in words[0]):
             raise UsageError(f"'{text}' is no command; {verb} takes start, pause, resume, cancel, complete, speed=N")
         else:
             await self._steer(verb, name, words[0].partition("=")[2])
 
     async def _steer(self, verb: str, name: str, value: str) -> None:
-        job = self.jobs.get(verb)
-        if job is None or job is not self.active:
+        """Tell the job, and its journal; what it is told is still in force after a restart."""
+        job, recorded = self.jobs.get(verb), self._recorded
+        if job is None or job is not self.active or recorded is None:
             raise UsageError(f"no {verb} job is active, so there is nothing to {name}")
+        await recorded.begun.wait()
         if name == "speed":
             job.set_speed(parse_size(value))
+            await recorded.change(speed=job.speed)
         elif name == "cancel":
             job.cancel()
-            await job.wait()
+            await recorded.over.wait()
+        elif name == "complete":
+            job.complete()
+            await recorded.change(pivot=Pivot.YES.value)
         else:
-            {"pause": job.pause, "resume": job.resume, "complete": job.complete}[name]()
+            {"pause": job.pause, "resume": job.resume}[name]()
+            await recorded.change(paused=name == "pause")
 
-    async def _start(self, verb: str, words: Sequence[str]) -> None:
-        speed, on_error = _parse_keys(verb, words)
+    async def _begin(self, verb: str, arguments: Mapping[str, Any], found: Entry | None = None) -> None:
+        """Start a job, anew or from the journal that was ``found``; returns once it has a state."""
         self._require_none()
-        self._disk.layers[0].require_writable()
-        if verb == "commit":
-            self._check_base()
-        job = KINDS[verb].make(self._disk, speed=speed, on_error=on_error)
+        disk = self._disk
+        disk.layers[0].require_writable()
+        job = KINDS[verb].make(disk, **arguments)
+        plan = plan_of(verb, disk.layers, arguments)
+        self._refuse_sharing(plan)
         job.on_change = partial(self._changed, verb)
+        self._plan = plan
+        self._recorded = Recorded(job, disk.layers[0], plan.describe, self._journal_lock, found)
         self.jobs[verb] = job
-        self._nursery.start_soon(job.run)
-        while job.state is State.NONE:
-            # whoever gave the command reads the job file next
-            await trio.lowlevel.checkpoint()
+        self._nursery.start_soon(self._recorded.run)
+        # whoever gave the command reads the job file next
+        await self._recorded.begun.wait()
 
     def _changed(self, verb: str) -> None:
+        if self._recorded is not None:
+            self._recorded.begun.set()
         self.changes[verb].happened()
         self.on_change()
 
-    def _check_base(self) -> None:
-        """Commit writes into a backing file, which must be nobody else's layer."""
-        if len(self._disk.layers) == 1:
-            raise UsageError("there is no backing file to commit into")
-        base = self._disk.layers[1]
-        written = {storage.identity for storage in base.storages}
-        for name, disk in self._neighbours():
-            if any(storage.identity in written for layer in disk.layers for storage in layer.storages):
-                raise Busy(f"its backing file {base.name} is in use by '{name}'")
+    def _refuse_sharing(self, plan: Plan) -> None:
+        """What a job writes to or makes worth nothing must be nobody else's layer."""
+        for layer in plan.claimed:
+            changed = {storage.identity for storage in layer.storages}
+            for name, disk in self._neighbours():
+                if any(storage.identity in changed for other in disk.layers for storage in other.storages):
+                    raise Busy(f"its backing file {layer.name} is in use by '{name}'")
+
+    # -- after a restart
+
+    async def take_up(self, *, wanted: bool, opening: Opening = PLAIN) -> None:
+        """Go on with the job that the journal tells of, if there is one, it is ``wanted``, and the disk can be written.
+
+        Raises `CowfsError` if that cannot be done; the journal stays where it is, unless its chain is another one.
+        """
+        path, entry = await trio.to_thread.run_sync(find_journal, self._disk.layers[0])
+        if entry is None:
+            return
+        if not wanted or self._disk.read_only:
+            why = "jobs are not to be resumed" if not wanted else "the disk can only be read"
+            log.warning("%s: the %s job that was broken off does not go on, since %s", path, entry.verb, why)
+            return
+        names = await trio.to_thread.run_sync(lambda: [layer_name(layer) for layer in self._disk.layers])
+        if entry.is_relinked(names):
+            await _mark(entry, opening)
+            if entry.above is not None:
+                await trio.to_thread.run_sync(remove_journal, path)
+                log.info("%s: the %s job was done, but for marks in the files that it has merged", path, entry.verb)
+                return
+        elif not entry.fits(names):
+            await trio.to_thread.run_sync(remove_journal, path)
+            raise CowfsError(f"the chain is not the one any more on which a {entry.verb} job was running", file=path)
+        await self._begin(entry.verb, arguments_of(entry, dict(zip(names, self._disk.layers, strict=True))), entry)
+        log.info("%s: the %s job goes on", path, entry.verb)
+
+    async def drop_journal(self, layer: Layer) -> None:
+        """Take away what tells of a job on a layer that is not the active one any more; a failure is logged."""
+        path = await trio.to_thread.run_sync(journal_of, layer)
+        if path is not None:
+            try:
+                await trio.to_thread.run_sync(remove_journal, path)
+            except CowfsError as error:
+                log.error("%s", error)
 
 
-def _parse_keys(verb: str, words: Sequence[str]) -> tuple[int, OnError]:
-    """Check the words after ``start``; bytes a second, and what to do about errors."""
-    kind, speed, on_error = KINDS[verb], 0, OnError.REPORT
+async def _mark(entry: Entry, opening: Opening) -> None:
+    """Mark what a commit has taken out of the chain as merged; a failure is logged."""
+    for layer in entry.between:
+        try:
+            await mark_merged(layer.name, layer.format, entry.base or "", opening)
+        except CowfsError as error:
+            # nothing depends on it, and its owner may have removed it
+            log.error("could not be marked as merged, and must not be used: %s", error)
+
+
+def parse_keys(verb: str, words: Sequence[str], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Read the words after ``start`` as arguments of a job. Raises `UsageError` or `NotFound`."""
+    keys = KINDS[verb].keys
+    arguments: dict[str, Any] = {}
     for word in words:
-        key, sign, value = word.partition("=")
-        if key == "speed" and sign:
-            speed = parse_size(value)
-        elif not sign or (key not in kind.keys and key not in kind.later):
-            raise UsageError(f"{verb} has no key '{key}'; it takes {', '.join(sorted({'speed', *kind.keys}))}")
-        elif value not in kind.keys.get(key, ()):
-            later = kind.later.get(key, ())
-            if later is None or value in later:
-                raise UsageError(f"this version does not offer {word}")
-            raise UsageError(f"{key}={value} is not one of {', '.join(kind.keys[key])}")
-        elif key == "on-error":
-            on_error = OnError(value)
-    return speed, on_error
+        name, sign, value = word.partition("=")
+        if not sign or name not in keys:
+            raise UsageError(f"{verb} has no key '{name}'; it takes {', '.join(sorted(keys))}")
+        arguments[keys[name].argument] = keys[name].read(name, value, layers)
+    return arguments
 
 
 def progress(job: Job | None) -> dict[str, str | int | float | None]:
     """State and figures of a job by the names of the job file; of no job, state ``none``."""
     if job is None:
         zeros = dict.fromkeys(("offset", "length", "percent", "rate", "speed"), 0)
-        return {"state": State.NONE.value, **zeros, "eta": None, "error": ""}
+        return {"state": State.NONE.value, **zeros, "eta": None, "resumes": "no", "error": ""}
     return {
         "state": job.state.value,
         "offset": job.offset,
@@ -182,5 +286,6 @@ def progress(job: Job | None) -> dict[str, str | int | float | None]:
         "rate": job.rate,
         "speed": job.speed,
         "eta": job.eta,
+        "resumes": "yes" if job.resumes else "no",
         "error": job.error,
     }

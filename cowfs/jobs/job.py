@@ -66,6 +66,8 @@ class Job(ABC):
         self.offset = 0
         self.length = disk.size
         self.error = ""
+        #: whether it would go on after a restart of the server
+        self.resumes = False
         self.on_change: Callable[[], None] = lambda: None
         self._scope = trio.CancelScope()
         self._resumed = trio.Event()
@@ -77,15 +79,20 @@ class Job(ABC):
 
     # -- for whoever commands it
 
-    async def run(self) -> None:
-        """Work until the end, whatever that is; never raises but for a cancellation from outside."""
+    async def run(self, *, paused: bool = False) -> None:
+        """Work until the end, whatever that is; never raises but for a cancellation from outside.
+
+        One that begins ``paused`` does nothing at all until it is resumed.
+        """
         self._not_before = trio.current_time()
         self._recent.append((trio.current_time(), 0))
         self.disk.longest_pause = 0.0
-        self._enter(State.RUNNING)
+        self._enter(State.PAUSED if paused else State.RUNNING)
         outcome = State.FAILED
         try:
             with self._scope:
+                while self.state is State.PAUSED:
+                    await self._resumed.wait()
                 await self.work()
                 self.offset = self.length
                 outcome = State.COMPLETED
@@ -126,6 +133,11 @@ class Job(ABC):
         """End it at the next step; what it has done so far stays done."""
         self._require("cancel", State.RUNNING, State.PAUSED, State.READY)
         self._scope.cancel()
+
+    @property
+    def is_told_to_cancel(self) -> bool:
+        """Whether `cancel` was called; it may not have ended yet."""
+        return self._scope.cancel_called
 
     def complete(self) -> None:
         """Tell a job that is ready to finish."""

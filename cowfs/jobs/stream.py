@@ -34,6 +34,11 @@ class Stream(Job):
             raise UsageError("the base of a stream lies below the active layer", file=base.name)
         self._base = base
 
+    @property
+    def base(self) -> Layer | None:
+        """The layer that will be below the active one; None if there will be none."""
+        return self._base
+
     async def work(self) -> None:
         """Walk the disk once. What guests write or read meanwhile only makes the work less."""
         disk = self.disk

@@ -117,6 +117,7 @@ async def test_what_there_is(chain: Path) -> None:
         assert "reads: 0\n" in await kernel.read(".cowfs/vm/stats")
         facts = json.loads(await kernel.read(".cowfs/vm/status.json"))
         assert (facts["name"], facts["depth"], facts["jobs"]["stream"]["state"]) == ("vm", 3, "none")
+        assert [layer["index"] for layer in facts["chain"]] == [2, 1, 0]
         whole = json.loads(await kernel.read(".cowfs/status.json"))
         assert (whole["pid"], whole["images"]) == (os.getpid(), [facts])
 
@@ -151,12 +152,18 @@ async def test_layers_show_the_disk_as_of_each(chain: Path) -> None:
         ("stream", "speed=1M", errno.EINVAL, "no stream job is active, so there is nothing to speed"),
         ("stream", "start speed=x", errno.EINVAL, "'x' is not a size"),
         ("stream", "start speed", errno.EINVAL, "stream has no key 'speed'"),
-        ("stream", "start sped=1", errno.EINVAL, "stream has no key 'sped'; it takes on-error, speed"),
-        ("stream", "start base=1", errno.EINVAL, "this version does not offer base=1"),
+        ("stream", "start sped=1", errno.EINVAL, "stream has no key 'sped'; it takes base, on-error, speed"),
+        ("stream", "start base=x", errno.EINVAL, "base=x: 'x' is not the number of a layer"),
+        ("stream", "start base=-1", errno.EINVAL, "base=-1: '-1' is not the number of a layer"),
+        ("stream", "start base=3", errno.ENOENT, "base=3: there is no such layer; the chain has 0, the deepest, to 2"),
+        ("stream", "start base=2", errno.EINVAL, "/"),
         ("stream", "start on-error=cry", errno.EINVAL, "on-error=cry is not one of report, stop, ignore"),
         ("stream", "start pivot=no", errno.EINVAL, "stream has no key 'pivot'"),
-        ("commit", "start pivot=yes", errno.EINVAL, "this version does not offer pivot=yes"),
-        ("commit", "start top=1", errno.EINVAL, "this version does not offer top=1"),
+        ("commit", "start pivot=maybe", errno.EINVAL, "pivot=maybe is not one of no, yes, wait"),
+        ("commit", "start top=1 base=1", errno.EINVAL, "/"),
+        ("commit", "start top=0", errno.EINVAL, "/"),
+        ("commit", "start top=9", errno.ENOENT, "top=9: there is no such layer"),
+        ("commit", "start top=1 pivot=yes", errno.EINVAL, "/"),
         ("commit", "start\nstart", errno.EINVAL, "one command a write, on one line"),
         ("copy-on-read", "maybe", errno.EINVAL, "'maybe' is neither on nor off"),
     ],
@@ -176,8 +183,9 @@ async def test_a_stream_and_its_file(chain: Path) -> None:
         assert await kernel.write(".cowfs/vm/copy-on-read", "off") == 0
         assert await kernel.write(".cowfs/vm/stream", "start speed=1k on-error=report\n") == 0
         job = await kernel.job("stream")
-        assert list(job) == ["state", "offset", "length", "percent", "rate", "speed", "eta", "error"]
+        assert list(job) == ["state", "offset", "length", "percent", "rate", "speed", "eta", "resumes", "error"]
         assert (job["state"], job["length"], job["speed"], job["error"]) == ("running", str(SIZE), "1024", "")
+        assert job["resumes"] == "yes"
         assert await kernel.read(".cowfs/vm/copy-on-read") == "on\n"
         assert await kernel.write(".cowfs/vm/commit", "start") == errno.EBUSY
         assert await kernel.read(".cowfs/vm/error") == "a stream job is running; wait for it, or cancel it\n"
@@ -188,9 +196,11 @@ async def test_a_stream_and_its_file(chain: Path) -> None:
         assert await kernel.write(".cowfs/vm/stream", "pause") == errno.EINVAL
         assert await kernel.read(".cowfs/vm/error") == "cannot pause a stream job that is paused\n"
         assert await kernel.write(".cowfs/vm/stream", "complete") == errno.EINVAL
+        assert await kernel.read(".cowfs/vm/error") == ("cannot complete a stream job that is paused\n")
         assert await kernel.write(".cowfs/vm/stream", "resume") == 0
         assert await kernel.write(".cowfs/vm/stream", "cancel") == 0
-        assert (await kernel.job("stream"))["state"] == "cancelled"
+        job = await kernel.job("stream")
+        assert (job["state"], job["resumes"]) == ("cancelled", "no")
         assert await kernel.read(".cowfs/vm/copy-on-read") == "off\n"
         assert await kernel.write(".cowfs/vm/stream", "start") == 0
         await kernel.mount.images["vm"].jobs.jobs["stream"].wait()
@@ -198,7 +208,7 @@ async def test_a_stream_and_its_file(chain: Path) -> None:
         assert (job["state"], job["offset"], job["percent"]) == ("completed", str(SIZE), "100.0")
         assert len((await kernel.read(".cowfs/vm/chain")).splitlines()) == 1
         assert await kernel.write(".cowfs/vm/commit", "start") == errno.EINVAL
-        assert await kernel.read(".cowfs/vm/error") == "there is no backing file to commit into\n"
+        assert await kernel.read(".cowfs/vm/error") == f"{chain}: there is no backing file to commit into\n"
 
 
 async def test_poll_wakes_at_every_change_of_state(chain: Path) -> None:

@@ -25,13 +25,13 @@ def facts(served: Served) -> dict[str, Any]:
         "error": served.error,
         "chain": [
             {
-                "index": index,
+                "index": len(disk.layers) - 1 - depth,
                 "format": layer.format,
                 "size": layer.size,
                 "allocated": layer.storage.allocated,
                 "file": layer.name,
             }
-            for index, layer in enumerate(disk.layers)
+            for depth, layer in enumerate(disk.layers)
         ],
         "jobs": {verb: progress(served.jobs.jobs.get(verb)) for verb in KINDS},
         "stats": stats.counters(served),
