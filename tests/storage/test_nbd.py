@@ -11,8 +11,7 @@ from nbdservers import Server, Servers
 from cowfs.errors import NotFound, ReadOnly, StorageError
 from cowfs.storage import Network, open_storage
 from cowfs.storage.base import Region
-from cowfs.storage.nbd.handshake import list_exports
-from cowfs.storage.nbd.session import CONNECTIONS
+from cowfs.storage.nbd.session import CONNECTIONS, list_exports
 from cowfs.storage.nbd.storage import NbdStorage
 
 SIZE = 9 << 20
@@ -222,7 +221,7 @@ async def test_exports_have_names(servers: Servers, tmp_path: Path) -> None:
         server.export = name
         storage = await opened(server)
         assert (await storage.read_bytes(0, 512)).strip() == name.encode()
-        assert sorted(await list_exports(storage.address)) == [("one", ""), ("with space+%?", "")]
+        assert sorted(await list_exports(storage.address, 10)) == [("one", ""), ("with space+%?", "")]
         await storage.close()
 
 

@@ -88,7 +88,7 @@ async def open_export(address: Address) -> Agreed:
         raise
 
 
-async def list_exports(address: Address) -> list[tuple[str, str]]:
+async def read_exports(address: Address) -> list[tuple[str, str]]:
     """Return names and descriptions of what a server has, as far as it tells; raises as `open_export` does."""
     negotiation = await _Negotiation.begin(address)
     try:

@@ -7,6 +7,7 @@ kept, and written again before anything else happens on a new connection.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from cowfs.storage.nbd.request import Request
 
@@ -25,10 +26,22 @@ class Journal:
         self.mark = 0
         #: bytes of memory, nearly
         self.size = 0
+        #: bytes of writes that are under way, and will be kept
+        self._expected = 0
 
     def has_room(self, length: int) -> bool:
         """Whether a write of so many bytes can be kept."""
-        return self.size + length <= BOUND or not self._entries
+        taken = self.size + self._expected
+        return taken + length <= BOUND or not taken
+
+    @contextmanager
+    def expecting(self, length: int) -> Iterator[None]:
+        """Keep room for a write that is made in the context."""
+        self._expected += length
+        try:
+            yield
+        finally:
+            self._expected -= length
 
     def record(self, requests: Sequence[Request]) -> None:
         """Keep what the server has just answered, with copies of what was written."""

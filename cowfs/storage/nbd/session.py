@@ -3,18 +3,22 @@
 Writes that one connection has answered are seen, and flushed, by the others: that is what `CAN_MULTI_CONN` says.
 """
 
+import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, StorageError
 from cowfs.storage.nbd import protocol as nbd
 from cowfs.storage.nbd.address import Address
 from cowfs.storage.nbd.connection import Connection
-from cowfs.storage.nbd.handshake import Agreed, open_export
+from cowfs.storage.nbd.handshake import Agreed, open_export, read_exports
 from cowfs.storage.nbd.request import Operation
 from cowfs.storage.nbd.transport import LostError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +30,23 @@ BUSY = 8
 
 async def agree(address: Address, seconds: float) -> Agreed:
     """`open_export`, with a deadline."""
+    return await _within(seconds, open_export, address)
+
+
+async def list_exports(address: Address, seconds: float) -> list[tuple[str, str]]:
+    """`read_exports`, with a deadline, and errors that name the server. Raises `StorageError`."""
+    try:
+        return await _within(seconds, read_exports, address)
+    except LostError as error:
+        raise StorageError(str(error), errno=errno.EIO, file=address.uri) from error
+    except CowfsError as error:
+        error.file = error.file or address.uri
+        raise
+
+
+async def _within(seconds: float, ask: Callable[[Address], Awaitable[T]], address: Address) -> T:
     with trio.move_on_after(seconds):
-        return await open_export(address)
+        return await ask(address)
     raise LostError(f"the server did not answer within {seconds:g} seconds")
 
 

@@ -134,7 +134,8 @@ class NbdStorage(Storage):
 
     def _failure(self, request: Request, session: Session) -> LostError | None:
         """Say why a request has to be made again, if it has; raises what is wrong otherwise."""
-        if request.error is not None:
+        if request.failure is None and request.error is not None:
+            # the server's last word, and not just the beginning of it
             number, text = request.error
             if nbd.ERRNOS.get(number) != errno.ESHUTDOWN:
                 raise self._refusal(request, number, text)
@@ -355,7 +356,8 @@ class NbdStorage(Storage):
             async with self._making_room:
                 if not journal.has_room(cost):
                     await self.flush()
-        await self._perform(requests, lambda: lambda: journal.record(requests), as_one=True)
+        with journal.expecting(cost):
+            await self._perform(requests, lambda: lambda: journal.record(requests), as_one=True)
 
     async def punch(self, offset: int, length: int) -> None:
         """`CMD_WRITE_ZEROES`, which lets the server make holes; zeros where it does not know that."""
