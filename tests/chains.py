@@ -88,7 +88,7 @@ class ChainFiles:
 
 
 class Writer:
-    """A guest that writes to random places and discards some, as fast as it gets answers, and knows what it has written."""
+    """A guest that writes to random places, or discards them, as fast as it gets answers, and knows what it wrote."""
 
     def __init__(self, disk: Disk, content: bytes, seed: int = 1) -> None:
         self.disk = disk

@@ -19,7 +19,6 @@ from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.owners import Piece
 from cowfs.block.partial import SECTOR, Below, PartialClusters
-from cowfs.block.stack import EVERYWHERE
 from cowfs.block.upkeep import complete_clusters, flush_periodically
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly, UsageError
 
@@ -203,18 +202,20 @@ class Disk(Discarding):
         self._check_write(0, 0)
         if size > self.size:
             raise UsageError(f"{size} bytes is more than the disk has")
-        async with self.lock.hold(0, EVERYWHERE):
+        async with self._all_held():
             if size < self.size:
                 await self.layers[0].shrink(size)
 
     async def settle(self) -> None:
         """Take marks of use off the active layer, if it has any; guests wait meanwhile."""
-        async with self.lock.hold(0, EVERYWHERE):
+        async with self._all_held():
             await self.layers[0].settle()
 
     async def compact(self) -> None:
         """Give back host space of the active layer that holds nothing; guests wait meanwhile."""
-        async with self.lock.hold(0, EVERYWHERE):
+        # most of it while guests go on
+        await self.flush()
+        async with self._all_held():
             await self.flush()
             await self.layers[0].compact()
 

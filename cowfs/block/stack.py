@@ -273,7 +273,7 @@ class Stack(Chain):
         layer = self.layers[depth]
         if size < layer.size:
             raise Unsupported("disks can only grow, not shrink", file=layer.name)
-        async with self.lock.hold(0, EVERYWHERE):
+        async with self._all_held():
             self.changed = True
             if self.sink is not None:
                 self.sink.strayed = True

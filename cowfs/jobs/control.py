@@ -277,7 +277,7 @@ def progress(job: Job | None) -> dict[str, str | int | float | None]:
     """State and figures of a job by the names of the job file; of no job, state ``none``."""
     if job is None:
         zeros = dict.fromkeys(("offset", "length", "percent", "rate", "speed"), 0)
-        return {"state": State.NONE.value, **zeros, "eta": None, "resumes": "no", "error": ""}
+        return {"state": State.NONE.value, **zeros, "eta": None, "pause": 0, "resumes": "no", "error": ""}
     return {
         "state": job.state.value,
         "offset": job.offset,
@@ -286,6 +286,7 @@ def progress(job: Job | None) -> dict[str, str | int | float | None]:
         "rate": job.rate,
         "speed": job.speed,
         "eta": job.eta,
+        "pause": round(job.longest_pause, 6),
         "resumes": "yes" if job.resumes else "no",
         "error": job.error,
     }

@@ -76,6 +76,7 @@ class Job(ABC):
         self._recent: deque[tuple[float, int]] = deque()
         self._completed = trio.Event()
         self._done = trio.Event()
+        self._longest_pause = 0.0
 
     # -- for whoever commands it
 
@@ -108,6 +109,7 @@ class Job(ABC):
             outcome = State.CANCELLED
             raise
         finally:
+            self._longest_pause = self.disk.longest_pause
             self._enter(outcome)
             self._done.set()
 
@@ -161,7 +163,7 @@ class Job(ABC):
     @property
     def longest_pause(self) -> float:
         """Seconds; the longest that the job has held guests off all of the disk at once."""
-        return self.disk.longest_pause
+        return self.disk.longest_pause if self.state.is_active else self._longest_pause
 
     @property
     def rate(self) -> int:

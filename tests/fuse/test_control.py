@@ -183,7 +183,18 @@ async def test_a_stream_and_its_file(chain: Path) -> None:
         assert await kernel.write(".cowfs/vm/copy-on-read", "off") == 0
         assert await kernel.write(".cowfs/vm/stream", "start speed=1k on-error=report\n") == 0
         job = await kernel.job("stream")
-        assert list(job) == ["state", "offset", "length", "percent", "rate", "speed", "eta", "resumes", "error"]
+        assert list(job) == [
+            "state",
+            "offset",
+            "length",
+            "percent",
+            "rate",
+            "speed",
+            "eta",
+            "pause",
+            "resumes",
+            "error",
+        ]
         assert (job["state"], job["length"], job["speed"], job["error"]) == ("running", str(SIZE), "1024", "")
         assert job["resumes"] == "yes"
         assert await kernel.read(".cowfs/vm/copy-on-read") == "on\n"
