@@ -338,6 +338,13 @@ class Mount:
         # which is set after images have been added
         await self.launder(inode, offset, length)
 
+    def stop_holding(self) -> None:
+        """The mount is to end: nobody is to wait for ever for a server that is away."""
+        for served in self.images.values():
+            for layer in served.disk.layers:
+                for storage in layer.storages:
+                    storage.stop_holding()
+
     async def remove(self, name: str) -> None:
         """Take an image out and close it. Raises `NotFound`, or `Busy` if it is open or has a job."""
         async with self._changing:

@@ -163,6 +163,7 @@ class _Server:
         async with trio.open_nursery() as nursery:
             async for number in signals:
                 log.info("%s: ending, after signal %d", self._mount.mount_point, number)
+                self._mount.stop_holding()
                 if nursery.child_tasks:
                     pyfuse3.terminate()
                 else:

@@ -121,6 +121,9 @@ class Storage(ABC):
     async def regions(self, offset: int, length: int) -> list[Region]:
         """Data and holes of a range, in order and without gaps; all data where the host cannot tell."""
 
+    def stop_holding(self) -> None:
+        """Let requests fail that are held, and all later ones, if a server is away: the program is to end."""
+
     @abstractmethod
     async def reopen(self, *, writable: bool) -> None:
         """Change between reading and writing in place; requests under way are not disturbed."""

@@ -7,6 +7,7 @@ said of the export at first it has to say again. Nothing of all this holds up wh
 import errno
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import trio
@@ -457,6 +458,13 @@ class NbdStorage(Storage):
         if writable and self._export.read_only:
             raise StorageError("the NBD server offers it read-only", errno=errno.EROFS, file=self.name)
         self.read_only = not writable
+
+    def stop_holding(self) -> None:
+        """From now on, `Network.retry` is the bound; `_connected` looks at it again."""
+        self._network = replace(self._network, hold=False)
+        if self._session is None:
+            waiting, self._back = self._back, trio.Event()
+            waiting.set()
 
     async def close(self) -> None:
         """Say goodbye to the server; requests that wait for it end."""
