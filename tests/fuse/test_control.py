@@ -23,6 +23,8 @@ pytestmark = pytest.mark.needs("qemu-img", "qemu-io")
 
 NOBODY = cast("pyfuse3.RequestContext", None)
 SIZE = 8 << 20
+#: of a job file, to begin with
+KEYS = ["state", "offset", "length", "percent", "rate", "speed", "eta"]
 
 
 class Waiter:
@@ -52,10 +54,13 @@ class Kernel:
         return (await self.operations.open(await self.inode(path), flags, NOBODY)).fh
 
     async def read(self, path: str) -> str:
+        return (await self.content(path, 1 << 17)).decode()
+
+    async def content(self, path: str, size: int) -> bytes:
         handle = await self.open(path)
-        text = bytes(await self.operations.read(handle, 0, 1 << 17)).decode()
+        data = bytes(await self.operations.read(handle, 0, size))
         await self.operations.release(handle)
-        return text
+        return data
 
     async def write(self, path: str, text: str) -> int:
         """Write a command; the errno, 0 if it worked."""
@@ -137,6 +142,33 @@ async def test_layers_show_the_disk_as_of_each(chain: Path) -> None:
         with pytest.raises(pyfuse3.FUSEError) as caught:
             await kernel.open(".cowfs/vm/layers/0", os.O_RDWR)
         assert caught.value.errno == errno.EPERM
+
+
+async def test_layers_that_are_merged_away_say_so(chain: Path) -> None:
+    async with serving(Source(str(chain), "vm")) as kernel:
+        read = kernel.operations.read
+        disk = await kernel.content(".cowfs/vm/layers/2", SIZE)
+        middle = await kernel.content(".cowfs/vm/layers/1", SIZE)
+        handles = [await kernel.open(f".cowfs/vm/layers/{number}") for number in range(3)]
+        # the job stands still after its first step
+        assert await kernel.write(".cowfs/vm/commit", "start top=1 base=0 speed=1") == 0
+        while (await kernel.job("commit"))["offset"] == "0":
+            await trio.lowlevel.checkpoint()
+        for handle, content in ((handles[1], middle), (handles[2], disk)):
+            assert bytes(await read(handle, 0, SIZE)) == content
+        assert await kernel.write(".cowfs/vm/commit", "speed=0") == 0
+        await kernel.mount.images["vm"].jobs.jobs["commit"].wait()
+        assert (await kernel.job("commit"))["state"] == "completed"
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await read(handles[1], 0, 4096)
+        assert caught.value.errno == errno.ESTALE
+        assert "is no longer a layer of the chain" in await kernel.read(".cowfs/vm/error")
+        # the numbers are those of the chain as it is now
+        assert await kernel.content(".cowfs/vm/layers/1", SIZE) == disk
+        assert await kernel.content(".cowfs/vm/layers/0", SIZE) == middle
+        assert bytes(await read(handles[2], 0, SIZE)) == disk
+        for handle in handles:
+            await kernel.operations.release(handle)
 
 
 @pytest.mark.parametrize(
