@@ -19,7 +19,7 @@ from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.owners import Piece
 from cowfs.block.partial import SECTOR, Below, PartialClusters
-from cowfs.block.upkeep import complete_clusters, flush_periodically
+from cowfs.block.upkeep import complete_clusters, flush_periodically, rest_when_idle
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly, UsageError
 
 #: seconds between the flushes that bound what a crash can lose where no fsync comes
@@ -230,6 +230,7 @@ class Disk(Discarding):
                 self._activate(self.layers[0])
                 self._nursery.start_soon(self._populator.run)
                 self._nursery.start_soon(flush_periodically, self, self._flush_interval)
+                self._nursery.start_soon(rest_when_idle, self.stats, lambda: self.layers)
                 task_status.started()
         finally:
             self._populator = self._nursery = None

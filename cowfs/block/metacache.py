@@ -32,6 +32,8 @@ from cowfs.storage.base import Storage
 PAGE = 4096
 #: bytes of tables that one image keeps, by default
 DEFAULT_BOUND = 32 << 20
+#: bytes of them that an image keeps which nobody uses
+RESTING_BOUND = 256 << 10
 #: tables that fit in at the least, however large they are
 MIN_TABLES = 8
 
@@ -50,9 +52,10 @@ class Table:
     """One table (L1, L2, refcount table or block, header sector): its entries in native byte order.
 
     ``fresh`` says that nothing on disk leads to it yet. ``pins`` counts who keeps it from being evicted.
+    ``shared`` says that tables of other images have the same entries, so that a change needs a copy first.
     """
 
-    __slots__ = ("dirty", "entries", "fresh", "level", "offset", "pins", "secured")
+    __slots__ = ("dirty", "entries", "fresh", "level", "offset", "pins", "secured", "shared")
 
     def __init__(self, offset: int, entries: "array[int]", level: Level, *, fresh: bool) -> None:
         self.offset = offset
@@ -62,6 +65,7 @@ class Table:
         self.pins = 0
         #: whether the host's space for it is taken
         self.secured = False
+        self.shared = False
         self.dirty: set[int] = set(range(-(-self.size // PAGE))) if fresh else set()
 
     @property
@@ -71,6 +75,9 @@ class Table:
 
     def set(self, index: int, value: int) -> None:
         """Change one entry and mark its page dirty."""
+        if self.shared:
+            self.entries = self.entries[:]
+            self.shared = False
         self.entries[index] = value
         self.dirty.add(index * self.entries.itemsize // PAGE)
 
@@ -134,6 +141,7 @@ class MetadataCache:
     async def load(self, offset: int, size: int, typecode: str, level: Level, what: str) -> Table:
         """Return the table at ``offset``, reading ``size`` bytes at most once for all who ask.
 
+        Images that are only read have it in memory once, however many chains they are part of.
         Raises `CorruptImage`, naming ``what``, where the file ends before the table does.
         """
         while (table := self.get(offset)) is None:
@@ -142,7 +150,15 @@ class MetadataCache:
                 continue
             self._loading[offset] = trio.Event()
             try:
-                table = Table(offset, await self.read(offset, size, typecode, what), level, fresh=False)
+                key = (offset, size, typecode, self._order)
+                common = self._storage.common
+                entries = common.get(key) if common is not None else None
+                if entries is None:
+                    entries = await self.read(offset, size, typecode, what)
+                table = Table(offset, entries, level, fresh=False)
+                if (common := self._storage.common) is not None:
+                    table.entries = common.setdefault(key, entries)
+                    table.shared = True
                 self._insert(table)
             finally:
                 self._loading.pop(offset).set()
@@ -217,6 +233,12 @@ class MetadataCache:
                 self._tables.move_to_end(offset)
             else:
                 self._bytes -= self._tables.pop(offset).size
+
+    def rest(self) -> int:
+        """Nothing has been asked for a while, and many images may be open: keep few tables. Bytes that were let go."""
+        before = self._bytes
+        self._evict(RESTING_BOUND)
+        return before - self._bytes
 
     async def relieve(self) -> None:
         """Leave a quarter of the bound free, flushing if need be; called before more tables are dirtied.

@@ -450,6 +450,10 @@ class TwoLevelImage(Image):
         while self._dropped or self.tables.is_dirty:
             await self.flush()
 
+    def rest(self) -> int:
+        """Keep few tables."""
+        return self.tables.rest()
+
     async def quiesce(self) -> None:
         """Bring everything to disk, and free all that was let go of; the caller keeps others from changing it."""
         await self.settle()

@@ -4,15 +4,27 @@ Errors end nothing here: what could not be done stays to be done, and a guest's 
 """
 
 import logging
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import trio
 
+from cowfs.block.heap import HEAP
 from cowfs.block.layer import Layer
 from cowfs.block.partial import PartialClusters
 from cowfs.errors import CowfsError
 
 log = logging.getLogger(__name__)
+
+#: seconds without a read or a write after which a disk counts as idle, or twice that
+IDLE = 20.0
+
+
+class Stats(Protocol):
+    """Counters by which it is told whether a disk is in use."""
+
+    reads: int
+    writes: int
 
 
 class Kept(Protocol):
@@ -61,3 +73,12 @@ async def flush_periodically(disk: Kept, interval: float) -> None:
                 log.error("periodic flush: %s", error)
             else:
                 log.exception("periodic flush: internal error")
+
+
+async def rest_when_idle(stats: Stats, layers: Callable[[], Iterable[Layer]]) -> None:
+    """Have a disk that nobody reads or writes take little memory, since it may be one of hundreds."""
+    seen = None
+    while True:
+        await trio.sleep(IDLE)
+        if seen == (seen := (stats.reads, stats.writes)):
+            await HEAP.give_back(sum(layer.image.rest() for layer in layers()))

@@ -14,6 +14,7 @@ from cowfs.block.disk import Disk
 from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
 from cowfs.formats.chain import Opening, open_disk, remember_base
 from cowfs.formats.overlay import put_overlay
+from cowfs.fuse.descriptors import require_room, too_many
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
@@ -265,6 +266,7 @@ class Mount:
         writable = not (self.settings.read_only or source.read_only or self.settings.snapshot is not None)
         disk = await self._open_disk(path, source.format or self.settings.format, writable)
         try:
+            require_room(path)
             self._refuse_sharing(disk)
             await remember_base(disk)
         except BaseException:
@@ -294,6 +296,8 @@ class Mount:
             self._explain(error)
             raise
         except CowfsError as error:
+            if error.errno == errno.EMFILE:
+                raise too_many(path) from error
             if writable and error.errno in _NOT_WRITABLE and error.file == path and not isinstance(error, NotPermitted):
                 error.message += "; it may be mounted read-only, with -o ro"
             raise

@@ -15,6 +15,7 @@ import trio
 from cowfs.errors import CowfsError, StorageError
 from cowfs.fuse import kernel
 from cowfs.fuse.control import MOUNT_FILES
+from cowfs.fuse.descriptors import raise_limit
 from cowfs.fuse.images import Mount, Served, Source
 from cowfs.fuse.loop import speed_up
 from cowfs.fuse.operations import Operations
@@ -43,6 +44,7 @@ def serve(request: Request, ready: Callable[[], None]) -> int:
     """
     # the name in ps, and in the words of who finds an image locked; a module that python runs has python's
     Path("/proc/self/comm").write_text("cowfs")
+    raise_limit()
     return trio.run(_serve, request, ready)
 
 

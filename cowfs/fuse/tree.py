@@ -1,7 +1,9 @@
 """The tree of the mount. Nodes come into being when they are looked for; an inode number is never used twice."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from time import time_ns
 from typing import Any, TypeVar
 
@@ -34,9 +36,10 @@ class Node:
 
 @dataclass(eq=False)
 class Directory(Node):
-    """Its children are asked for anew each time."""
+    """Its children are asked for anew each time: all names, and what one of them stands for, if anything."""
 
-    children: Callable[[], Iterator[tuple[str, Node]]]
+    names: Callable[[], Iterable[str]]
+    child: Callable[[str], Node | None]
 
 
 @dataclass(eq=False)
@@ -80,15 +83,18 @@ class Tree:
         self._mount = mount
         self._nodes: dict[int, Node] = {}
         self._by_key: dict[Hashable, Node] = {}
+        self._keys: dict[Served, list[Hashable]] = {}
         self._last = ROOT_INODE - 1
-        self.root = self._node("/", Directory, None, self._root_children)
-        self.control = self._node(CONTROL_DIRECTORY, Directory, None, self._control_children)
+        self.root = self._node("/", Directory, None, self._root_names, self._root_child)
+        self.control = self._node(CONTROL_DIRECTORY, Directory, None, self._control_names, self._control_child)
 
     def _node(self, key: Hashable, make: Callable[..., N], *args: Any) -> N:
         node = self._by_key.get(key)
         if node is None:
             self._last += 1
             node = self._by_key[key] = self._nodes[self._last] = make(self._last, *args)
+            if node.served is not None:
+                self._keys.setdefault(node.served, []).append(key)
         return node  # type: ignore[return-value]
 
     def __getitem__(self, inode: int) -> Node:
@@ -111,18 +117,21 @@ class Tree:
         node = self[parent]
         if name in (".", ".."):
             return node if name == "." else self._parent(node)
-        return next((child for known, child in self.children(node) if known == name), None)
+        assert isinstance(node, Directory)
+        return node.child(name)
 
     def children(self, node: Node) -> Iterator[tuple[str, Node]]:
         """Names and nodes in a directory."""
         assert isinstance(node, Directory)
-        return node.children()
+        for name in list(node.names()):
+            child = node.child(name)
+            if child is not None:
+                yield name, child
 
     def forget(self, served: Served) -> None:
         """Drop the nodes of an image that is taken out."""
-        for key, node in list(self._by_key.items()):
-            if node.served is served:
-                del self._by_key[key], self._nodes[node.inode]
+        for key in self._keys.pop(served, ()):
+            del self._nodes[self._by_key.pop(key).inode]
 
     def _parent(self, node: Node) -> Node:
         if node.served is None:
@@ -132,28 +141,37 @@ class Tree:
 
     # -- what there is
 
-    def _root_children(self) -> Iterator[tuple[str, Node]]:
-        yield CONTROL_DIRECTORY, self.control
-        for name, served in list(self._mount.images.items()):
-            yield name, self.flat(served)
+    def _root_names(self) -> Iterable[str]:
+        return (CONTROL_DIRECTORY, *self._mount.images)
 
-    def _control_children(self) -> Iterator[tuple[str, Node]]:
-        for name, file in MOUNT_FILES.items():
-            yield name, self._node((self._mount, name), ControlNode, None, file, self._mount)
-        for name, served in list(self._mount.images.items()):
-            yield name, self._image_directory(served)
+    def _root_child(self, name: str) -> Node | None:
+        if name == CONTROL_DIRECTORY:
+            return self.control
+        served = self._mount.images.get(name)
+        return None if served is None else self.flat(served)
+
+    def _control_names(self) -> Iterable[str]:
+        return (*MOUNT_FILES, *self._mount.images)
+
+    def _control_child(self, name: str) -> Node | None:
+        if (file := MOUNT_FILES.get(name)) is not None:
+            return self._node((self._mount, name), ControlNode, None, file, self._mount)
+        served = self._mount.images.get(name)
+        return None if served is None else self._image_directory(served)
 
     def _image_directory(self, served: Served) -> Directory:
-        return self._node((served, "directory"), Directory, served, lambda: self._image_children(served))
+        names = (*IMAGE_FILES, LAYERS_DIRECTORY)
+        child = partial(self._image_child, served)
+        return self._node((served, "directory"), Directory, served, lambda: names, child)
 
-    def _image_children(self, served: Served) -> Iterator[tuple[str, Node]]:
-        for name, file in IMAGE_FILES.items():
-            yield name, self._node((served, name), ControlNode, served, file, served)
-        yield (
-            LAYERS_DIRECTORY,
-            self._node((served, LAYERS_DIRECTORY), Directory, served, lambda: self._layers(served)),
-        )
+    def _image_child(self, served: Served, name: str) -> Node | None:
+        if (file := IMAGE_FILES.get(name)) is not None:
+            return self._node((served, name), ControlNode, served, file, served)
+        if name != LAYERS_DIRECTORY:
+            return None
+        child = partial(self._layer, served)
+        return self._node((served, name), Directory, served, lambda: map(str, range(len(served.disk.layers))), child)
 
-    def _layers(self, served: Served) -> Iterator[tuple[str, Node]]:
-        for number, layer in enumerate(reversed(served.disk.layers)):
-            yield str(number), self._node((served, layer), LayerFile, served, layer)
+    def _layer(self, served: Served, name: str) -> Node | None:
+        layer = dict(zip(map(str, count()), reversed(served.disk.layers), strict=False)).get(name)
+        return None if layer is None else self._node((served, layer), LayerFile, served, layer)

@@ -6,8 +6,8 @@ full: a short transfer never leaves this layer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 #: bytes copied at once
 COPY_CHUNK = 1 << 20
@@ -47,6 +47,9 @@ class Storage(ABC):
     read_only: bool
     #: whether it may go away for a while, and come back
     is_remote: bool = False
+    #: what those who have the same bytes open for reading make of them, kept once for all of them, as long as any of
+    #: them uses it; None where it cannot be known that the bytes are the same and do not change
+    common: MutableMapping[Hashable, Any] | None = None
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -12,10 +12,11 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -38,6 +39,10 @@ _ZEROS = bytes(ZERO_CHUNK)
 COPY_TURN = 8
 #: for copies that are made without suspending
 _SCRATCH = memoryview(bytearray(256 << 10))
+
+Common = WeakValueDictionary[Hashable, Any]
+#: what files that are open for reading have in common, by identity, length and time of the last change
+_COMMON: WeakValueDictionary[tuple[object, ...], Common] = WeakValueDictionary()
 
 #: errnos by which a file system says that it has no RWF_NOWAIT reads; tmpfs is one: all it holds is memory
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS)
@@ -64,6 +69,10 @@ class FileStorage(Storage):
         self._is_device = stat.S_ISBLK(status.st_mode)
         self._identity = (status.st_dev, status.st_rdev if self._is_device else status.st_ino)
         self.length = _device_size(fd) if self._is_device else status.st_size
+        if read_only and locking and not self._is_device:
+            # the locks keep it as it is
+            key = (*self._identity, status.st_size, status.st_mtime_ns)
+            self.common = _COMMON.setdefault(key, Common())
         self._reads_now = True
         self._nowait = os.RWF_NOWAIT
         self._flush_error: StorageError | None = None
@@ -345,6 +354,7 @@ class FileStorage(Storage):
             os.dup2(fd, self._fd, inheritable=False)
         finally:
             os.close(fd)
+        self.common = None
         self.read_only = not writable
 
     def _exchange_locks(self, fd: int, *, writable: bool) -> None:
@@ -363,6 +373,7 @@ class FileStorage(Storage):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self.common = None
 
     async def _in_thread(self, doing: str, call: "Callable[..., T]", *args: object) -> T:
         try:

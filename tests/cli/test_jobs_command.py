@@ -193,6 +193,7 @@ class Terminal:
         command = [sys.executable, "-m", "cowfs", *map(str, words)]
         self.process = subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env=environment)
         os.close(slave)
+        self._data = b""
         self.text = ""
 
     def read_until(self, done: Callable[[str], object]) -> None:
@@ -206,7 +207,10 @@ class Terminal:
                 except OSError:
                     # the command has let go of its side
                     return
-                self.text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode())
+                # what is read may end in the middle of a character, or of an escape sequence
+                self._data += data
+                text = self._data.decode(errors="ignore")
+                self.text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
     def end(self) -> int:
         """Read to the end; the exit code."""

@@ -415,7 +415,8 @@ def test_status(mount: Mounts, overlay: Path) -> None:
     mounted = mount(f"vm={overlay}")
     text = ok(cowfs("status", mounted.point))
     assert text.startswith(f"{mounted.point}: server {mounted.pid}, version ")
-    assert f"  vm: 64 MiB ({64 * MIB} bytes)\n    0  {overlay.suffix[1:]:<6} {overlay}\n" in text
+    layers = f"    1  {overlay.suffix[1:]:<6} {overlay}\n    0  raw    {overlay.with_name('base.raw')}\n"
+    assert f"  vm: 64 MiB ({64 * MIB} bytes)\n{layers}" in text
     assert text in ok(cowfs("status"))
     facts = json.loads(ok(cowfs("status", "--json", mounted.point)))
     assert facts == mounted.status()

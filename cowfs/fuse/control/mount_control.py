@@ -3,6 +3,7 @@
 from cowfs.errors import UsageError
 from cowfs.fuse.control.file import ControlFile, one_line
 from cowfs.fuse.images import Mount, Source
+from cowfs.storage import is_remote
 
 VERBS = {
     "add": "add [[format=FMT] [ro] --] [NAME=]PATH [format=FMT] [ro]: serve one more image; PATH is absolute",
@@ -38,10 +39,16 @@ def _source(text: str) -> Source:
             words.insert(0, split[2])
     read_only = "ro" in words
     format = next((word.removeprefix("format=") for word in reversed(words) if word != "ro"), None)
-    name, _, path = ("", "", named) if named.startswith("/") else named.partition("=")
-    if not path.startswith("/"):
+    if _is_absolute(named):
+        return Source(named, None, format, read_only)
+    name, _, path = named.partition("=")
+    if not _is_absolute(path):
         raise UsageError(f"'{path or named}' is no absolute path; the server's working directory is /")
-    return Source(path, name if named != path else None, format, read_only)
+    return Source(path, name, format, read_only)
+
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("/") or is_remote(path)
 
 
 def _is_option(word: str) -> bool:
