@@ -1,26 +1,32 @@
 """``cowfs stream``: copy what the backing files hold into the active image."""
 
-from functools import partial
-
 import click
 
+from cowfs.block.disk import Disk
 from cowfs.cli.jobs import offline_policy, on_error_option, run_offline
 from cowfs.cli.live import find_live
-from cowfs.cli.livejobs import run_live
+from cowfs.cli.livejobs import layer_number, run_live
 from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
+from cowfs.formats.chain import find_layer
 from cowfs.jobs.stream import Stream
 
 
 @click.command()
 @click.option("-f", "--format", metavar="FMT", help="Format of an image FILE; told from its first bytes if not given.")
+@click.option("-b", "--base", metavar="BASE", help="Leave this backing file, and what is below it, where they are.")
 @click.option("--speed", metavar="SIZE", default="0", help="Bytes a second that are copied at most; 0 is no limit.")
 @click.option("--no-wait", is_flag=True, help="Return at once; the job goes on in the mount.")
 @on_error_option
 @quiet_option
 @click.argument("file", metavar="MOUNT/NAME|FILE")
-def command(file: str, format: str | None, speed: str, no_wait: bool, on_error: str, quiet: bool) -> int | None:
+def command(
+    file: str, format: str | None, base: str | None, speed: str, no_wait: bool, on_error: str, quiet: bool
+) -> int | None:
     """Copy everything that an image takes from its backing files into the image itself, then let go of them.
+
+    With -b, only what lies above BASE is copied, and BASE is the image's backing file then. BASE is written as the
+    image above it records it, or as a path; of a mounted disk, also by its number in MOUNT/.cowfs/NAME/chain.
 
     Given the flat file of a mount, this happens under whoever uses the disk: nothing of it can be seen in the
     disk's content. Ctrl-C leaves the job running; 'cowfs job MOUNT/NAME' shows and steers it. Given an image
@@ -31,6 +37,7 @@ def command(file: str, format: str | None, speed: str, no_wait: bool, on_error: 
     Examples:
       cowfs stream /mnt/disks/vm1
       cowfs stream --speed 50M --no-wait /mnt/disks/vm1
+      cowfs stream --base 0 /mnt/disks/vm1
       cowfs stream overlay.qcow2
     """
     limit = parse_size_for(file, speed) or 0
@@ -39,7 +46,15 @@ def command(file: str, format: str | None, speed: str, no_wait: bool, on_error: 
         if no_wait:
             raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
         policy = offline_policy(file, on_error)
-        return run_offline(file, format, partial(Stream, speed=limit, on_error=policy), quiet=quiet)
+
+        def make(disk: Disk) -> Stream:
+            kept = None if base is None else disk.layers[find_layer(disk.layers, base)]
+            return Stream(disk, base=kept, speed=limit, on_error=policy)
+
+        return run_offline(file, format, make, quiet=quiet)
     if format is not None:
         raise UsageError("--format is for image files; this disk is open already", file=file)
-    return run_live(live, "stream", [f"speed={limit}", f"on-error={on_error}"], wait=not no_wait, quiet=quiet)
+    keys = [f"speed={limit}", f"on-error={on_error}"]
+    if base is not None:
+        keys.append(f"base={layer_number(live, base)}")
+    return run_live(live, "stream", keys, wait=not no_wait, quiet=quiet)
