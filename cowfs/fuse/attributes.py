@@ -23,6 +23,8 @@ class Attributes:
 
     def of(self, node: Node) -> pyfuse3.EntryAttributes:
         """Return everything about a node."""
+        if isinstance(node, FlatFile):
+            node.follow_changes()
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
         entry.st_uid, entry.st_gid = self._uid, self._gid

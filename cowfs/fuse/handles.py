@@ -7,6 +7,7 @@ from functools import partial
 
 import pyfuse3
 
+from cowfs.block.detectzeroes import ZeroDetector
 from cowfs.block.disk import Disk
 from cowfs.block.seek import next_data, next_hole
 from cowfs.errors import NotFound, NotPermitted, OutOfRange, Stale, Unsupported, UsageError
@@ -28,7 +29,7 @@ class Handle:
     """One open file or directory."""
 
     #: set for flat files, which are read and written past this class
-    disk: Disk | None = None
+    disk: Disk | ZeroDetector | None = None
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -66,7 +67,7 @@ class FlatHandle(Handle):
     def __init__(self, node: FlatFile, *, writable: bool) -> None:
         super().__init__(node)
         self.served = node.served
-        self.disk = self.served.disk
+        self.disk = self.served.guest_disk
         self._writable = writable
         self.served.open_files += 1
         self.served.writers += writable

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import trio
 
+from cowfs.block.detectzeroes import ZeroDetector, detecting
 from cowfs.block.disk import Disk
 from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
 from cowfs.formats.chain import Opening, open_disk, remember_base
@@ -74,6 +75,10 @@ class Served:
     def __init__(self, name: str, disk: Disk, opening: Opening, *, resume_jobs: bool = True) -> None:
         self.name = name
         self.disk = disk
+        #: what guests read and write
+        self.guest_disk: Disk | ZeroDetector = disk
+        #: whether truncate(2) may make it smaller
+        self.allow_shrink = False
         self._opening = opening
         self._resume_jobs = resume_jobs
         self.jobs: JobControl
@@ -129,8 +134,12 @@ class Served:
         if size > self.disk.size:
             await self.disk.grow(size)
         elif size < self.disk.size:
-            if size != self.may_shrink_to:
-                raise NotPermitted(f"disks can only grow, not shrink from {self.disk.size} bytes", file=self.file)
+            if not (self.allow_shrink and size) and size != self.may_shrink_to:
+                raise NotPermitted(
+                    f"disks can only grow, not shrink from {self.disk.size} bytes, unless the mount has allow-shrink;"
+                    " and never to nothing",
+                    file=self.file,
+                )
             if self._running and (job := self.jobs.active) is not None:
                 raise Busy(f"a {job.verb} job is {job.state.value}; the disk cannot shrink meanwhile", file=self.file)
             await self.disk.shrink(size)
@@ -276,6 +285,8 @@ class Mount:
             if layer.image.dirty and layer.storage.read_only:
                 log.warning("%s: was not closed cleanly, and is not repaired while it is open read-only", layer.name)
         served = Served(name, disk, self._opening, resume_jobs=self.settings.resume_jobs)
+        served.guest_disk = detecting(disk, self.settings.detect_zeroes)
+        served.allow_shrink = self.settings.allow_shrink
         served.truncate = lambda size: self.truncate(served, size)
         served.discard = lambda offset, length: self.discard(served, offset, length)
         served.launder = self._launder

@@ -41,6 +41,8 @@ class Operations(pyfuse3.Operations):
         self.tree = Tree(mount)
         #: called with a flat file that was written beyond its end
         self.on_overrun: Callable[[Node], None] = lambda node: None
+        #: ids of threads of ours that have the kernel ask for a size that is only to be told, in the reply
+        self.correctors: set[int] = set()
         self._mount = mount
         self._attributes = Attributes(mount.settings)
         self._handles: dict[int, Handle] = {}
@@ -84,7 +86,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Change the size of a disk, or times. Modes and owners are the mount's, and stay."""
         node = self.tree[inode]
-        if fields.update_size:
+        if fields.update_size and not (self.correctors and ctx.pid in self.correctors):
             await self._resize(node, attr.st_size)
         now = self._attributes.of(node)
         if (
@@ -105,6 +107,7 @@ class Operations(pyfuse3.Operations):
         if isinstance(node, FlatFile):
             if size != node.served.disk.size:
                 await node.served.resize(size)
+                node.touch()
         elif not isinstance(node, ControlNode) or size:
             raise NotPermitted("its size cannot be changed")
 

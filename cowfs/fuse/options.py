@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cowfs.block.detectzeroes import DetectZeroes
 from cowfs.block.disk import FLUSH_INTERVAL
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import UsageError
@@ -35,6 +36,8 @@ class Settings:
     cache_size: int = DEFAULT_BOUND
     locking: bool = True
     accept_base: bool = False
+    allow_shrink: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     net_timeout: float = DEFAULT_NETWORK.timeout
     net_retry: float = DEFAULT_NETWORK.retry
     net_hold: bool = DEFAULT_NETWORK.hold
@@ -96,6 +99,13 @@ def _cache_size(text: str) -> int:
     return size
 
 
+def _detect_zeroes(text: str) -> DetectZeroes:
+    try:
+        return DetectZeroes(text)
+    except ValueError:
+        raise ValueError("is none of " + ", ".join(DetectZeroes)) from None
+
+
 #: options with a value: name to field, reader (`ValueError` says what is wrong), line of help
 VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "uid": ("uid", _number, "owner of all files, as a number; default: who mounts"),
@@ -108,6 +118,7 @@ VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "net-timeout": ("net_timeout", _interval, "seconds that a server may take for one request; default 30"),
     "net-retry": ("net_retry", _pause, "seconds for which a server that is away is waited for; default 60"),
     "net-error": ("net_hold", _net_error, "then: eio fails what needs the server, the default; hold waits on"),
+    "detect-zeroes": ("detect_zeroes", _detect_zeroes, "off, on or unmap: what writes of nothing but zeros become"),
     "log": ("log", lambda text: str(Path(text).absolute()), "file for messages of the server; default: syslog"),
 }
 
@@ -119,6 +130,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "copy-on-read": ({"copy_on_read": True}, "what a read fetches from below stays in the overlay; the default"),
     "no-copy-on-read": ({"copy_on_read": False}, "it does not"),
     "accept-base": ({"accept_base": True}, "backing files that have changed are taken for what they should be"),
+    "allow-shrink": ({"allow_shrink": True}, "truncate(2) may make disks smaller, and what was there is lost"),
     "lock": ({"locking": True}, "other programs are kept from using the images in ways that clash; the default"),
     "nolock": ({"locking": False}, "they are not, and not asked either"),
     "resume-jobs": ({"resume_jobs": True}, "jobs that were running when the last mount ended go on; the default"),

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ class _Server:
         self._announced = False
         self._overrun: set[FlatFile] = set()
         self._overruns = trio.Event()
+        self._correctors = operations.correctors
         operations.on_overrun = self._note_overrun
         mount.on_remove = self._forget
         mount.truncate = self._truncate
@@ -195,7 +197,16 @@ class _Server:
             self._overruns = trio.Event()
             while self._overrun:
                 served = self._overrun.pop().served
-                await self._ask_kernel(kernel.correct_size, served.name, served.disk.size)
+                await self._ask_kernel(self._correct_size, served.name, served.disk.size)
+
+    def _correct_size(self, mount_point: str, name: str, size: int) -> None:
+        """Have the kernel ask, in a thread; it may be another size by now, which the answer tells."""
+        mine = threading.get_native_id()
+        self._correctors.add(mine)
+        try:
+            kernel.correct_size(mount_point, name, size)
+        finally:
+            self._correctors.discard(mine)
 
     async def _truncate(self, served: Served, size: int) -> None:
         """Set the size of a flat file through the kernel, which asks us to do it, and then knows it."""
@@ -214,6 +225,7 @@ class _Server:
         # a node that the kernel does not know has nothing in its cache
         with contextlib.suppress(FileNotFoundError):
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
+        await self._ask_kernel(kernel.touch, served.name)
 
     def _forget(self, served: Served) -> None:
         """Make an image's names vanish from the kernel's memory too."""

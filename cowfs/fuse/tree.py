@@ -51,6 +51,28 @@ class FlatFile(Node):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._take_time(self.served.disk.layers[0])
+        self._writes, self._discards = self._count()
+
+    def _count(self) -> tuple[int, int]:
+        stats = self.served.disk.stats
+        return stats.writes, stats.discards
+
+    def follow_changes(self) -> None:
+        """If guests have written, times move to when the active layer's file was; for discards nothing is, at first.
+
+        Whatever jobs write, which is no change of the disk, does not move them.
+        """
+        writes, discards = self._count()
+        if discards != self._discards:
+            self.touch()
+        elif writes != self._writes:
+            self._take_time(self.served.disk.layers[0])
+            self.ctime_ns = self.mtime_ns
+        self._writes, self._discards = writes, discards
+
+    def touch(self) -> None:
+        """It changes now."""
+        self.mtime_ns = self.ctime_ns = time_ns()
 
 
 @dataclass(eq=False)

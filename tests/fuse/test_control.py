@@ -7,6 +7,7 @@ import select
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pyfuse3
@@ -392,6 +393,23 @@ class Change:
 
     def __getattr__(self, name: str) -> Any:
         return self._fields.get(name, False)
+
+
+async def test_a_size_that_the_kernel_is_only_to_be_told_of_changes_nothing(chain: Path) -> None:
+    """Whoever corrects the kernel after a write beyond the end may have an old size in hand."""
+    async with serving(Source(str(chain), "vm")) as kernel:
+        operations, flat = kernel.operations, await kernel.inode("vm")
+        disk = kernel.mount.images["vm"].disk
+        kernel.mount.images["vm"].allow_shrink = True
+        size = disk.size
+        attr = pyfuse3.EntryAttributes()
+        attr.st_size = size // 2
+        fields: Any = Change(update_size=True)
+        operations.correctors.add(77)
+        answer = await operations.setattr(flat, attr, fields, None, cast("Any", SimpleNamespace(pid=77)))
+        assert (answer.st_size, disk.size) == (size, size)
+        answer = await operations.setattr(flat, attr, fields, None, cast("Any", SimpleNamespace(pid=78)))
+        assert (answer.st_size, disk.size) == (size // 2, size // 2)
 
 
 async def test_attributes_that_can_be_set(chain: Path) -> None:

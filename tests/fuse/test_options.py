@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.block.detectzeroes import DetectZeroes
 from cowfs.errors import UsageError
 from cowfs.fuse.images import Source, check_name
 from cowfs.fuse.options import Settings, parse_options
@@ -14,7 +15,7 @@ def test_nothing_given_gives_the_defaults() -> None:
 
 def test_all_at_once() -> None:
     words = "ro,allow_other,uid=7,gid=8,mode=0640,no-copy-on-read,format=raw,flush-interval=0.5,log=/tmp/l,noatime"
-    assert parse_options([words, "snapshot=a b", "cache-size=4M"]) == Settings(
+    assert parse_options([words, "snapshot=a b", "cache-size=4M,allow-shrink,detect-zeroes=unmap"]) == Settings(
         read_only=True,
         allow_other=True,
         uid=7,
@@ -25,6 +26,8 @@ def test_all_at_once() -> None:
         snapshot="a b",
         flush_interval=0.5,
         cache_size=4 << 20,
+        allow_shrink=True,
+        detect_zeroes=DetectZeroes.UNMAP,
         log="/tmp/l",
         flags=frozenset({"noatime"}),
     )
@@ -50,6 +53,7 @@ def test_the_last_of_two_counts() -> None:
         ("flush-interval=0", "mount option flush-interval: '0' is not a number of seconds"),
         ("flush-interval=inf", "mount option flush-interval: 'inf' is not a number of seconds"),
         ("flush-interval=often", "mount option flush-interval: 'often' is not a number of seconds"),
+        ("detect-zeroes=yes", "mount option detect-zeroes: 'yes' is none of off, on, unmap"),
         ("format=vmdk", "unknown format 'vmdk'; cowfs knows qcow2, qed, raw"),
     ],
 )

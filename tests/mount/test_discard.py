@@ -249,6 +249,11 @@ def test_the_control_file(mount: Mounts, overlay: Path) -> None:
         control.write_text("1M 4M\n")
         model[MIB : 5 * MIB] = bytes(4 * MIB)
         assert flat.read_bytes() == model
+        file.seek(2 * MIB)
+        file.write(b"to be given up before the kernel writes it")
+        file.flush()
+        control.write_text("2M 1k")
+        assert flat.read_bytes() == model
         control.write_text("5242880 10")
         model[5 * MIB : 5 * MIB + 10] = bytes(10)
         assert flat.read_bytes() == model
