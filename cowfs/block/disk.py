@@ -226,14 +226,20 @@ class Disk(Discarding):
             return
         self._populator = Populator(self.unit, self.copy_up, self._count_copy_on_read_error)
         try:
-            async with trio.open_nursery() as self._nursery:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 self._activate(self.layers[0])
-                self._nursery.start_soon(self._populator.run)
-                self._nursery.start_soon(flush_periodically, self, self._flush_interval)
-                self._nursery.start_soon(rest_when_idle, self.stats, lambda: self.layers)
+                nursery.start_soon(self._populator.run)
+                nursery.start_soon(flush_periodically, self, self._flush_interval)
+                nursery.start_soon(rest_when_idle, self.stats, lambda: self.layers)
                 task_status.started()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    # it takes nobody once it has no tasks left, and a job that is cancelled too may still be ending
+                    self._nursery = None
         finally:
-            self._populator = self._nursery = None
+            self._populator = None
 
     def _activate(self, top: Layer) -> None:
         """Let clusters of the active layer be written in part, if it has clusters, as long as the disk is in use."""

@@ -66,7 +66,7 @@ class Stack(Chain):
         self.longest_pause = 0.0
         #: there while the active layer is drained
         self.sink: Sink | None = None
-        #: layers that no longer show the disk as it was, since a commit is changing what lies below them
+        #: layers that show no disk that ever was, since a commit is changing them, or what lies below them
         self.spoiled: frozenset[Layer] = frozenset()
 
     @asynccontextmanager

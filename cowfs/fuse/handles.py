@@ -129,7 +129,12 @@ class LayerHandle(Handle):
         """Read as of this layer; `Stale` once it has left the chain, or shows no disk any more."""
         depth = self._depth()
         length = min(size, self._layer.size - offset)
-        return await self.served.disk.read(offset, length, depth) if length > 0 else b""
+        if length <= 0:
+            return b""
+        data = await self.served.disk.read(offset, length, depth)
+        # a commit may have begun meanwhile
+        self._depth()
+        return data
 
     async def seek(self, offset: int, whence: int) -> int:
         """Look at what this layer and those below it hold."""
@@ -140,7 +145,7 @@ class LayerHandle(Handle):
         if self._layer not in disk.layers:
             raise Stale("is no longer a layer of the chain", file=self._layer.name)
         if self._layer in disk.spoiled:
-            raise Stale("is being merged into a layer below it, by a commit", file=self._layer.name)
+            raise Stale("shows no disk while a commit is changing it, or what lies below it", file=self._layer.name)
         return disk.layers.index(self._layer)
 
     def close(self) -> None:

@@ -86,6 +86,7 @@ class Commit(Job):
                 f"does not lie below {self._top.name}, and nothing is committed upwards", file=self._base.name
             )
         self._is_active = self._top is layers[0]
+        self.length = self._top.size
         if not self._is_active and pivot is not Pivot.NO:
             raise UsageError(f"pivot={pivot.value} is for commits of the active layer", file=self._top.name)
         if pivot is not Pivot.NO:
@@ -126,13 +127,16 @@ class Commit(Job):
 
     @asynccontextmanager
     async def _base_open(self) -> AsyncIterator[None]:
-        """Have the base open for writing, and the layers that will be of no use locked, as long as this needs them."""
+        """Have the base open for writing, and nobody look at it, as long as this needs it."""
         disk = self.disk
         await disk.set_layer_writable(self._depth, True)
+        if not self._keep:
+            disk.spoiled |= {self._base}
         try:
             yield
         finally:
             with trio.CancelScope(shield=True):
+                disk.spoiled -= {self._base}
                 if self._depth:
                     await disk.set_layer_writable(self._depth, False)
         if not self._keep:

@@ -218,6 +218,25 @@ async def test_a_job_that_is_ready_can_be_cancelled(tmp_path: Path) -> None:
     files.check(1)
 
 
+async def test_a_disk_may_end_while_it_is_drained(tmp_path: Path) -> None:
+    files = ChainFiles(tmp_path, PLAIN[:2])
+    # in whatever order all that it consists of ends
+    for attempt in range(20):
+        disk = await open_disk(str(files.top), writable=True)
+        job = Commit(disk, pivot=Pivot.WAIT)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(disk.run)
+            nursery.start_soon(job.run)
+            while job.state is not State.READY:
+                await trio.lowlevel.checkpoint()
+            if attempt % 2:
+                await disk.write(4096, b"written below")
+            nursery.cancel_scope.cancel()
+        assert (job.state, job.error, disk.sink) == (State.CANCELLED, "", None)
+        await disk.close()
+    assert view(files.top, "qcow2")[4096:][:13] == b"written below"
+
+
 async def test_a_base_that_is_larger_is_left_so_and_no_pivot_makes_the_disk_larger(tmp_path: Path) -> None:
     files = ChainFiles(tmp_path, SHRINKING)
     async with files.opened() as disk:
@@ -232,8 +251,11 @@ async def test_a_base_that_is_larger_is_left_so_and_no_pivot_makes_the_disk_larg
 async def test_a_base_that_is_smaller_grows(tmp_path: Path) -> None:
     files = ChainFiles(tmp_path, GROWING)
     async with files.opened() as disk:
-        await completed(Commit(disk, top=layer(disk, 2), base=layer(disk, 0)))
-        assert disk.layers[1].size == 5 * M + 3 * 512
+        job = Commit(disk, top=layer(disk, 2), base=layer(disk, 0))
+        # what there is to do is known from the beginning
+        assert job.length == 5 * M + 3 * 512
+        await completed(job)
+        assert job.length == disk.layers[1].size == 5 * M + 3 * 512
     assert view(files.paths[0], "qcow2") == files.views[2]
 
 
