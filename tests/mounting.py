@@ -15,11 +15,11 @@ from commandline import cowfs, ok
 PATIENCE = 30.0
 
 
-def wait_for(what: str, condition: Callable[[], bool]) -> None:
-    """Look again and again until ``condition`` holds; fails after `PATIENCE`."""
-    end = monotonic() + PATIENCE
+def wait_for(what: str, condition: Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Look again and again until ``condition`` holds; fails after ``patience`` seconds."""
+    end = monotonic() + patience
     while not condition():
-        assert monotonic() < end, f"waited {PATIENCE} seconds for: {what}"
+        assert monotonic() < end, f"waited {patience} seconds for: {what}"
         select.select([], [], [], 0.01)
 
 
