@@ -9,7 +9,7 @@ import random
 import subprocess
 import tempfile
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from cowfs.block.layer import Layer
 from cowfs.block.writetracker import WriteTracker
 from cowfs.formats import qcow2, qed
 from cowfs.formats.raw import RawImage
+from cowfs.jobs.job import Job, State
 from cowfs.storage.base import Storage
 
 K = 1 << 10
@@ -128,6 +129,13 @@ class Scene:
         self.tops = [(0, "top")]
         #: whether the image is repaired before it is looked at
         self.repairs = False
+        #: formats of files that do not have the variant's
+        self.formats = {"base": "raw"}
+        #: what the active layer is merged into, if it may say that it was
+        self.merged_into = ""
+        #: a job that is run again after each cut, None if there is nothing left to do; names of the chain's files then
+        self.rerun: Callable[[Disk], Job | None] | None = None
+        self.final: list[str] = []
         #: internal snapshots: moment at which a change began, moment at which it was durable, content by name
         self.snapshots: list[tuple[int, int, dict[str, bytes]]] = []
         #: name of the backing file and stamp: moments as before, and both
@@ -168,7 +176,8 @@ class Scene:
     @asynccontextmanager
     async def session(self, *, copy_on_read: bool = True) -> AsyncIterator[None]:
         """Have the disk open, and close it, which acknowledges everything."""
-        layers = await self._open(dict(self.storages), self.top_at(len(self.journal)), self.variant.format)
+        files = {name: bytes(storage.content) for name, storage in self.storages.items()}
+        layers = await self._open(dict(self.storages), *await self.entry(len(self.journal), files))
         self.disk = Disk(layers, copy_on_read=copy_on_read, flush_interval=1e9)
         async with trio.open_nursery() as nursery:
             await nursery.start(self.disk.run)
@@ -181,6 +190,14 @@ class Scene:
     def top_at(self, moment: int) -> str:
         """Name of the image that is the active layer after so many steps."""
         return [name for since, name in self.tops if since <= moment][-1]
+
+    async def entry(self, moment: int, files: Files) -> tuple[str, str]:
+        """Name and format of what a user opens: the active layer or, if that says so, what it was merged into."""
+        name = self.top_at(moment)
+        image = await open_one(MemoryStorage(name, files[name], read_only=True), self.variant.format)
+        if image.backing is not None and image.backing.name.startswith("merged by a commit"):
+            name = self.merged_into
+        return name, self.formats.get(name, self.variant.format)
 
     async def _open(self, storages: dict[str, MemoryStorage], name: str, format: str) -> list[Layer]:
         """Open a chain as the headers name it."""
@@ -310,9 +327,9 @@ class Scene:
         if self.repairs:
             files = await self.repaired(files)
         storages = {name: MemoryStorage(name, content, read_only=True) for name, content in files.items()}
-        layers = await self._open(storages, self.top_at(moment), self.variant.format)
-        for layer in layers:
-            await assert_sound(layer.image)
+        layers = await self._open(storages, *await self.entry(moment, files))
+        for name in files:
+            await assert_sound(await open_one(storages[name], self.formats.get(name, self.variant.format)))
         disk = Disk(layers)
         content = await disk.read(0, disk.size)
         self.guest.verify(moment, content)
@@ -351,21 +368,46 @@ class Scene:
         await image.close()
         return {**files, "top": bytes(top.content)}
 
-    async def verify_use(self, top: str, files: Files, content: bytes) -> None:
+    async def verify_use(self, moment: int, files: Files, content: bytes) -> None:
         """Write to the disk as it was left, and close it: nothing else changes, and leaks can be given back."""
+        top, format = await self.entry(moment, files)
         storages = {name: MemoryStorage(name, data, read_only=name != top) for name, data in files.items()}
-        layers = await self._open(storages, top, self.variant.format)
+        layers = await self._open(storages, top, format)
         disk = Disk(layers, copy_on_read=False)
         at = self.chooser.randrange(len(content) - 9000)
         await disk.write(at, b"o" * 9000)
         expected = content[:at] + b"o" * 9000 + content[at + 9000 :]
         assert await disk.read(0, disk.size) == expected
         await disk.close()
+        if format == "raw":
+            return
         again = await self.driver.open_image(MemoryStorage(top, bytes(storages[top].content)), for_repair=True)
         result = await again.check(Repair.LEAKS)
         assert (result.corruptions, result.leaks) == (0, 0), result.messages
 
-    def verify_qemu(self, name: str, files: Files, content: bytes) -> None:
+    async def verify_again(self, moment: int, files: Files, content: bytes) -> None:
+        """Run the job again that was cut off: it ends as it would have, and nothing can be seen of it."""
+        assert self.rerun is not None
+        top, format = await self.entry(moment, files)
+        storages = {name: MemoryStorage(name, data, read_only=name != top) for name, data in files.items()}
+        disk = Disk(await self._open(storages, top, format), copy_on_read=False)
+        job = self.rerun(disk)
+        if job is not None:
+            await job.run()
+            assert (job.state, job.error) == (State.COMPLETED, "")
+        assert await disk.read(0, disk.size) == content
+        assert all(layer.storage.read_only for layer in disk.layers[1:])
+        await disk.close()
+        after = {name: bytes(storage.content) for name, storage in storages.items()}
+        entry = await self.entry(moment, after)
+        storages = {name: MemoryStorage(name, data, read_only=True) for name, data in after.items()}
+        layers = await self._open(storages, *entry)
+        assert [layer.name for layer in layers] == self.final
+        assert await Disk(layers).read(0, len(content)) == content
+        for name in files:
+            await assert_sound(await open_one(storages[name], self.formats.get(name, self.variant.format)))
+
+    def verify_qemu(self, name: str, format: str, files: Files, content: bytes) -> None:
         """QEMU finds no error, reads the same, and can repair what is left to repair."""
         with tempfile.TemporaryDirectory(prefix="cowfs-crash.") as folder:
             for file, data in files.items():
@@ -373,20 +415,21 @@ class Scene:
             for alias, file in self.aliases.items():
                 Path(folder, alias).symlink_to(file)
             top = Path(folder, name)
-            found = _qemu_check(top, self.variant.format)
-            assert not found.get("corruptions", 0), found
+            if format != "raw":
+                found = _qemu_check(top, format)
+                assert not found.get("corruptions", 0), found
             flat = Path(folder, "flat")
-            words = ["qemu-img", "convert", "-f", self.variant.format, "-O", "raw", str(top), str(flat)]
+            words = ["qemu-img", "convert", "-f", format, "-O", "raw", str(top), str(flat)]
             subprocess.run(words, check=True, capture_output=True)
             assert flat.read_bytes() == content
-            if self.variant.format == "qcow2":
+            if format == "qcow2":
                 found = _qemu_check(top, "qcow2", "-r", "leaks")
                 assert not found.get("leaks", 0), found
-            else:
+            elif format == "qed":
                 # QEMU gives nothing back; it repairs as it opens the image for writing
                 subprocess.run(["qemu-io", "-f", "qed", "-c", "write 0 512", str(top)], check=True, capture_output=True)
                 found = _qemu_check(top, "qed")
-            assert not found.get("corruptions", 0), found
+                assert not found.get("corruptions", 0), found
 
 
 def _qemu_check(path: Path, format: str, *options: str) -> dict[str, int]:

@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
+import crashchains
 import trio
+from crashchains import beside
 from crashing import VARIANTS, Files, Guest, K, Scene, open_one
 from qcow2damage import Anatomy, damage_counts, wreck_refcounts
 from storages import MemoryStorage
@@ -25,7 +27,6 @@ from cowfs.formats.rebase import _Rebase
 from cowfs.jobs import commit as commit_job
 from cowfs.jobs import stream as stream_job
 from cowfs.jobs.commit import Commit
-from cowfs.jobs.job import Job, State
 from cowfs.jobs.stream import Stream
 
 SECTOR = 512
@@ -69,7 +70,7 @@ async def stream(scene: Scene) -> None:
     scene.begin()
     async with scene.session():
         await scene.work(4)
-        await _beside(scene, Stream(scene.disk), "zero", "discard")
+        await beside(scene, Stream(scene.disk), "zero", "discard")
         assert scene.disk.layers[0].backing is None
         await scene.work(5)
     async with scene.session():
@@ -86,28 +87,20 @@ async def commit(scene: Scene) -> None:
         await scene.work(10)
     scene.begin()
     async with scene.session():
-        await _beside(scene, Commit(scene.disk), "discard")
+        await beside(scene, Commit(scene.disk), "discard")
         await scene.work(3)
-        await _beside(scene, Commit(scene.disk), "discard")
+        await beside(scene, Commit(scene.disk), "discard")
 
 
 async def _base_of_same_format(scene: Scene) -> None:
     base = scene.add("base")
+    scene.formats["base"] = scene.variant.format
     await scene.driver.create(base, scene.variant.size, None, scene.variant.options)
     disk = Disk([Layer(await open_one(base, scene.variant.format))])
     for start, end in scene.variant.spots:
         await disk.write(start, scene.below[start:end])
     await disk.close()
     base.read_only = True
-
-
-async def _beside(scene: Scene, job: Job, *also: str) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(job.run)
-        while job.state is State.NONE or job.state.is_active:
-            await scene.work(1, *also)
-            await trio.lowlevel.checkpoint()
-    assert job.state is State.COMPLETED, job.error
 
 
 async def snapshots(scene: Scene) -> None:
@@ -300,6 +293,10 @@ KINDS: dict[str, tuple[Callable[[Scene], Awaitable[None]], list[str]]] = {
     "outgrow": (outgrow, ["qcow2-512"]),
     "stream": (stream, list(VARIANTS)),
     "commit": (commit, list(VARIANTS)),
+    "stream to a base": (crashchains.stream, list(VARIANTS)),
+    "commit in between": (crashchains.commit_between, list(VARIANTS)),
+    "commit deep down": (crashchains.commit_deep, list(VARIANTS)),
+    "pivot": (crashchains.pivot, list(VARIANTS)),
     "snapshots": (snapshots, _COUNTING),
     "resize": (resize, list(VARIANTS)),
     "rebase": (rebase, list(VARIANTS)),
@@ -376,6 +373,8 @@ async def _look(scene: Scene, moment: int, files: Files, *, used: bool, ask_qemu
     if scene.repairs and (used or ask_qemu):
         files = await scene.repaired(files)
     if used:
-        await scene.verify_use(scene.top_at(moment), files, content)
+        await scene.verify_use(moment, files, content)
+    if scene.rerun is not None and (used or ask_qemu):
+        await scene.verify_again(moment, files, content)
     if ask_qemu:
-        scene.verify_qemu(scene.top_at(moment), files, content)
+        scene.verify_qemu(*await scene.entry(moment, files), files, content)

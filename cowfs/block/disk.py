@@ -190,7 +190,7 @@ class Disk(Discarding):
     async def flush(self) -> None:
         """Make durable every write that was answered before this call."""
         self.stats.flushes += 1
-        await super().flush()
+        await self.sync()
 
     async def grow(self, size: int) -> None:
         """Make the disk larger; the new part reads as zeros, whatever a longer backing file holds there."""

@@ -328,9 +328,19 @@ class Layer:
 
     async def reopen(self, *, writable: bool) -> None:
         """Change the way in which its files are open, and locked against others; the image is not told."""
-        # the header's file last: while it cannot be written, nothing can
-        for storage in reversed(self.storages):
-            await storage.reopen(writable=writable)
+        changed: list[Storage] = []
+        try:
+            # the header's file last: while it cannot be written, nothing can
+            for storage in reversed(self.storages):
+                before = storage.read_only
+                await storage.reopen(writable=writable)
+                if storage.read_only != before:
+                    changed.append(storage)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                for storage in changed:
+                    await storage.reopen(writable=not writable)
+            raise
 
     async def close(self) -> None:
         """Flush and close."""

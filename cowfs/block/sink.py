@@ -13,7 +13,7 @@ from functools import partial
 
 from cowfs.block.chain import Chain
 from cowfs.block.extent import Extent, Kind
-from cowfs.errors import CowfsError, StorageError
+from cowfs.errors import CowfsError
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,9 @@ class Sink:
         self._chain = chain
         #: whether anything went to the active layer after all: the layer below failed, or is too small
         self.strayed = False
-        # whether the layer below holds something that is not durable
-        self._is_unsafe = False
+        # writes below that were answered, and those of them that are durable
+        self._written = 0
+        self._durable = 0
         self._is_failing = False
 
     def write_now(self, offset: int, data: bytes | bytearray | memoryview, extents: Sequence[Extent]) -> bool:
@@ -45,16 +46,17 @@ class Sink:
             return False
         if any(place.kind is not Kind.DATA for place in places):
             return False
-        self._is_unsafe = True
         view = memoryview(data)
         try:
-            return all(
+            done = all(
                 below.data_storage.write_now(place.host_offset, (view[place.offset - offset :][: place.length],))
                 for place in places
             )
         except CowfsError:
             # it is tried again, and the active layer takes it if need be
             return False
+        self._written += done
+        return done
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write each part to the layer that has it, or else below; above, if the layer below cannot take it."""
@@ -76,25 +78,26 @@ class Sink:
         if extent.kind is not Kind.UNALLOCATED:
             return False
         if extent.end <= self._chain.layers[1].size:
-            self._is_unsafe = True
             try:
                 await change()
-            except StorageError as error:
+            except CowfsError as error:
                 if not self._is_failing:
                     log.warning("commit: %s; meanwhile the active layer takes what guests write", error)
                 self._is_failing = True
             else:
                 self._is_failing = False
+                # counted when it is there, not before: a flush may have begun and ended meanwhile
+                self._written += 1
                 return True
         self.strayed = True
         return False
 
     async def flush(self) -> None:
-        """Make durable what was written below."""
-        if self._is_unsafe:
-            self._is_unsafe = False
-            try:
-                await self._chain.layers[1].flush()
-            except BaseException:
-                self._is_unsafe = True
-                raise
+        """Make durable what was written below, and answered, before this call.
+
+        Who comes while a flush is under way waits for one of his own, or for that to have covered what he means.
+        """
+        written = self._written
+        if self._durable < written:
+            await self._chain.layers[1].flush()
+            self._durable = max(self._durable, written)

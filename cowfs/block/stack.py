@@ -4,6 +4,7 @@ Guests' writes and all that happens here take the same range lock. A chain is ch
 left behind) with all guests held off, for as long as it takes to write one header. All offsets and lengths are bytes.
 """
 
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,14 @@ from cowfs.block.layer import Layer
 from cowfs.block.rangelock import RangeLock
 from cowfs.block.sink import Sink
 from cowfs.block.writetracker import WriteTracker
-from cowfs.errors import Busy, Unsupported
+from cowfs.errors import Busy, CowfsError, Unsupported
+
+log = logging.getLogger(__name__)
 
 #: end of the range that covers a whole disk, however large it grows
 EVERYWHERE = 1 << 63
+#: bytes of the disk whose mapping is looked up at once
+LOOK = 1 << 32
 
 
 @dataclass
@@ -259,7 +264,7 @@ class Stack(Chain):
 
     # -- changing the chain
 
-    async def flush(self) -> None:
+    async def sync(self) -> None:
         """Make durable every write that was answered before this call."""
         if self.sink is not None:
             await self.sink.flush()
@@ -310,6 +315,8 @@ class Stack(Chain):
         """
         if writable:
             await self._forget_below(depth - 1)
+        elif depth == 1:
+            await self.close_sink()
         try:
             self.forget_owners()
             await self.layers[depth].set_writable(writable)
@@ -338,26 +345,35 @@ class Stack(Chain):
             layer = self.layers[above]
             if above and (layer.image.spoiled_by_writing or layer.image.unwritable is not None):
                 continue
-            if above:
-                await layer.set_writable(True)
             try:
-                await remember(layer, self.layers[above + 1])
-            finally:
                 if above:
-                    with trio.CancelScope(shield=True):
-                        await layer.set_writable(False)
+                    await layer.set_writable(True)
+                try:
+                    await remember(layer, self.layers[above + 1])
+                finally:
+                    if above:
+                        with trio.CancelScope(shield=True):
+                            await layer.set_writable(False)
+            except CowfsError as error:
+                log.warning("%s: cannot remember its backing file: %s", layer.name, error)
         self.forget_owners()
 
-    async def cut_out(self, above: int, below: int | None, backing: Backing | None) -> list[Layer]:
+    async def cut_out(self, above: int, below: int | None, backing: Backing | None, size: int) -> list[Layer] | None:
         """Take the layers between two out of the chain, or all that are below one; returns them, still open.
+
+        None, and nothing has changed, if the layer above does not have ``size`` bytes any more: what it has beyond
+        them takes zeros from layers that end there, and nobody has looked what the one below would give.
 
         ``backing`` is what the header of the layer above says from then on. It is open for writing, and the caller has
         seen to it that it takes nothing from those layers that the one below would not give, durably. Everything
         of the active layer is durable before the header changes, and the header changes at once.
         """
-        await self.flush()
+        await self.close_sink()
+        await self.sync()
         end = len(self.layers) if below is None else below
         async with self._all_held():
+            if self.layers[above].size != size:
+                return None
             # from here on there is no way back: memory and disk must agree on what the chain is
             with trio.CancelScope(shield=True):
                 await self.layers[above].set_backing(backing)
@@ -370,7 +386,9 @@ class Stack(Chain):
 
     async def drop_backing(self) -> None:
         """Make the active layer the whole chain. The caller has seen to it that nothing is taken from below."""
-        removed = await self.cut_out(0, None, None)
+        removed = None
+        while removed is None:
+            removed = await self.cut_out(0, None, None, self.size)
         with trio.CancelScope(shield=True):
             for layer in removed:
                 await layer.close()
@@ -403,9 +421,9 @@ class Stack(Chain):
         """
         assert self.sink is not None
         # what was dropped must never be seen again, also if somebody opens the old layer after a crash
-        await self.flush()
+        await self.sync()
         async with self._all_held():
-            if self.sink.strayed or self.layers[1].size != self.size:
+            if self.sink.strayed or self.layers[1].size != self.size or await self._holds_anything():
                 return None
             top, self.layers = self.layers[0], self.layers[1:]
             self.sink = None
@@ -415,13 +433,23 @@ class Stack(Chain):
             await self.readers.gone()
         return top
 
+    async def _holds_anything(self) -> bool:
+        """Whether the active layer does; one that is empty has no tables, so that looking costs next to nothing."""
+        for start in range(0, self.size, LOOK):
+            found = await self.layers[0].map(start, min(LOOK, self.size - start))
+            if any(extent.kind is not Kind.UNALLOCATED for extent in found):
+                return True
+        return False
+
     async def push(self, layer: Layer) -> None:
         """Put an empty overlay of the disk's size on top, at once; the layer below is durable and read-only then.
 
         Raises `Busy` if the disk has another size by now.
         """
+        # a job may have left it open that could not make durable what lies there
+        await self.close_sink()
         # most of what there is to write, while guests go on
-        await self.flush()
+        await self.sync()
         async with self._all_held():
             old = self.layers[0]
             if layer.size != self.size:

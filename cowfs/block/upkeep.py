@@ -35,6 +35,9 @@ class Kept(Protocol):
     #: whether there may be something to write
     changed: bool
 
+    async def sync(self) -> None:
+        """Make durable what was written before, to whatever layer."""
+
     async def settle(self) -> None:
         """Take marks of use off the active layer."""
 
@@ -63,7 +66,7 @@ async def flush_periodically(disk: Kept, interval: float) -> None:
         try:
             if disk.changed or disk.layers[0].image.owes_space:
                 disk.changed = settled = False
-                await disk.layers[0].flush()
+                await disk.sync()
             elif not settled:
                 await disk.settle()
                 settled = True

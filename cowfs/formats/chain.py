@@ -246,10 +246,11 @@ def backing_source(name: str, backing: Backing) -> Source:
 
 
 def backing_name(name: str, above: str) -> str:
-    """Return how an image calls its backing file: by its mere name in the same directory, absolutely elsewhere."""
+    """Return how an image calls its backing file: by its name in the same directory, absolutely elsewhere."""
     if is_remote(name):
         return name
     folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100
     if os.path.realpath(folder) == os.path.realpath(os.path.dirname(above)):  # noqa: PTH120
-        return base
+        # what stands before a colon would be taken for a protocol
+        return f"./{base}" if ":" in base else base
     return os.path.join(folder, base)  # noqa: PTH118

@@ -152,43 +152,54 @@ class Commit(Job):
             return
         span = Span(0 if self._is_active else first, first, self._depth)
         async with self._prepared(span, between):
-            await self._copy(span)
-            self.require_no_errors()
-            await self.attempt(self._base.flush)
-            await self._relink(first - 1)
+            done = 0
+            relinked = False
+            while not relinked:
+                # the disk may grow at any time
+                size = disk.layers[first - 1].size
+                await self._copy(span, done)
+                done = self.length
+                await self.attempt(self._base.flush)
+                self.require_no_errors()
+                relinked = await self._relink(first - 1, size)
 
     @asynccontextmanager
     async def _prepared(self, span: Span, between: tuple[Layer, ...]) -> AsyncIterator[None]:
         """Have all layers open for writing that will be written to at the end: nothing must stand in the way then."""
         disk, above = self.disk, self.disk.layers[span.top - 1]
         opened: list[Layer] = []
-        # on the base as it becomes, the deeper ones of them make no disk
-        disk.spoiled |= set(between[1:])
         try:
             if span.top > 1:
                 await disk.set_layer_writable(span.top - 1, True)
             for layer in between:
                 await layer.reopen(writable=True)
                 opened.append(layer)
+            # on the base as it becomes, the deeper ones of them make no disk, also if this comes to nothing
+            disk.spoiled |= set(between[1:])
             yield
         finally:
             with trio.CancelScope(shield=True):
-                disk.spoiled -= set(between)
                 for layer in opened:
                     if layer in disk.layers:
                         await layer.reopen(writable=False)
                 if span.top > 1 and not above.storage.read_only:
                     await disk.set_layer_writable(span.top - 1, False)
 
-    async def _relink(self, above: int) -> None:
-        """Put the layer at depth ``above`` on the base, and mark what lay between as of no use."""
+    async def _relink(self, above: int, size: int) -> bool:
+        """Put the layer at depth ``above`` on the base, and mark what lay between as of no use.
+
+        False, and nothing has changed, if that layer has not ``size`` bytes any more.
+        """
         disk, layer, base = self.disk, self.disk.layers[above], self._base
         await self._hide_tail(above)
         backing = Backing(backing_name(base.name, layer.name), base.format)
-        removed = await disk.cut_out(above, self._depth, backing)
+        removed = await disk.cut_out(above, self._depth, backing, size)
+        if removed is None:
+            return False
         with trio.CancelScope(shield=True):
             for old in removed:
                 await self._retire(old)
+        return True
 
     async def _hide_tail(self, above: int) -> None:
         """What ends before the layer above does is seen with zeros after that; a longer base has other bytes there."""
@@ -201,23 +212,28 @@ class Commit(Job):
     async def _retire(self, layer: Layer) -> None:
         """Mark a layer that is out of the chain, and close it."""
         try:
-            await mark_layer(layer, self._base.name)
+            try:
+                await mark_layer(layer, self._base.name)
+            finally:
+                await layer.close()
         except CowfsError as error:
             # the merge is done, whatever becomes of its leftovers
             self.error = f"could not be marked as merged, and must not be used: {error}"
             log.error("%s: %s", self.verb, self.error)
-        finally:
-            await layer.close()
 
     # -- copying
 
-    async def _copy(self, span: Span) -> None:
-        """Copy what a span's viewer takes from it; nobody else writes to those layers, so once is enough."""
+    async def _copy(self, span: Span, begin: int = 0) -> None:
+        """Copy what a span's viewer takes from it, from about an offset on.
+
+        Nobody else writes to those layers, so once is enough.
+        """
         disk = self.disk
+        begin = align_down(begin, self._step)
         await self._make_room(disk.layers[span.viewer].size)
         # if the active layer is to be drained after this, that is what tells how far the job is
         counts = self._keep or not self._is_active
-        for start in range(0, self.length, WINDOW):
+        for start in range(begin, self.length, WINDOW):
             end = min(start + WINDOW, self.length)
             for first, last in await self._held(span, start, end):
                 copied = await self.attempt(partial(disk.copy_down, first, last - first, span))

@@ -47,16 +47,18 @@ class Stream(Job):
             return
         disk.layers[0].require_writable()
         position = 0
-        while position < disk.size:
-            self.length = disk.size
-            stop = min(position + WINDOW, disk.size)
-            for first, last in await self.attempt(partial(self._below, position, stop, end)) or ():
-                await self._copy(first, last, end)
-            position = stop
-            await self.advance(position, 0)
-        await self.attempt(disk.flush)
-        self.require_no_errors()
-        await self._let_go(end)
+        while True:
+            while position < disk.size:
+                self.length = disk.size
+                stop = min(position + WINDOW, disk.size)
+                for first, last in await self.attempt(partial(self._below, position, stop, end)) or ():
+                    await self._copy(first, last, end)
+                position = stop
+                await self.advance(position, 0)
+            await self.attempt(disk.flush)
+            self.require_no_errors()
+            if await self._let_go(end, position):
+                return
 
     async def _below(self, start: int, stop: int, end: int) -> list[tuple[int, int]]:
         """Ranges that the layers between the active one and depth ``end`` hold; zeros count if something is below."""
@@ -74,13 +76,16 @@ class Stream(Job):
             copied = await self.attempt(partial(self.disk.copy_up, position, size, end))
             await self.advance(position + size, copied or 0)
 
-    async def _let_go(self, end: int) -> None:
-        """Take what is not needed any more out of the chain."""
+    async def _let_go(self, end: int, size: int) -> bool:
+        """Take what is not needed any more out of the chain; False if the disk has grown beyond ``size`` meanwhile."""
         disk, top, base = self.disk, self.disk.layers[0], self._base
         backing = None if base is None else Backing(backing_name(base.name, top.name), base.format)
-        removed = await disk.cut_out(0, None if base is None else end, backing)
+        removed = await disk.cut_out(0, None if base is None else end, backing, size)
+        if removed is None:
+            return False
         with trio.CancelScope(shield=True):
             for layer in removed:
                 await layer.close()
             if base is not None:
                 await disk.remember_below(1)
+        return True

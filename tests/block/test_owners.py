@@ -87,7 +87,7 @@ async def test_it_knows_the_chain_as_it_has_become(tmp_path: Path) -> None:
     files = ChainFiles(tmp_path, DEEP)
     async with files.opened() as disk:
         await same(disk, random.Random(7))
-        for layer in await disk.cut_out(0, 5, disk.layers[4].backing):
+        for layer in await disk.cut_out(0, 5, disk.layers[4].backing, disk.size) or ():
             await layer.close()
         await same(disk, random.Random(8))
 
