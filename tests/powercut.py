@@ -86,7 +86,8 @@ class RecordingStorage(MemoryStorage):
         await super().punch(offset, length)
         end = min(offset + length, len(self.content))
         if offset < end:
-            self._record((offset, bytes(end - offset)))
+            start, end = align_down(offset, SECTOR), align_up(end, SECTOR)
+            self._record((start, bytes(self.content[start:end])))
 
     def prefixes(self) -> Iterator[bytes]:
         """Content after each step that changed it, in order, beginning with none."""
