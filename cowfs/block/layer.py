@@ -35,6 +35,9 @@ class Layer:
         self.data_storage = image.data_storage
         #: whether the image has been told that it is being written to
         self.begun = False
+        # flushes that are under way, and what tells when the last of them is over
+        self._flushes = 0
+        self._flushed = trio.Event()
         self._partial: PartialClusters | None = None
         # those of it; empty where there is none
         self._parts: dict[int, Partial] = {}
@@ -270,10 +273,22 @@ class Layer:
         """Make everything durable that was written before; all that can be, where something cannot."""
         if self.storage.read_only:
             return
+        self._flushes += 1
         try:
-            await self.complete(0, self.size)
+            try:
+                await self.complete(0, self.size)
+            finally:
+                await self.image.flush()
         finally:
-            await self.image.flush()
+            self._flushes -= 1
+            if not self._flushes:
+                self._flushed.set()
+                self._flushed = trio.Event()
+
+    async def _no_flush(self) -> None:
+        """Wait until no flush is under way: worker threads may be in the middle of it, with the files' descriptors."""
+        while self._flushes:
+            await self._flushed.wait()
 
     async def settle(self) -> None:
         """Writing has gone quiet, and nobody writes meanwhile: take back marks that the image is in use."""
@@ -315,6 +330,10 @@ class Layer:
         elif not self.storage.read_only:
             await self.flush()
             await self.settle()
+            while self._flushes:
+                # somebody else's, which takes no lock of the disk, and may leave something to write
+                await self._no_flush()
+                await self.settle()
             self.begun = False
         await self.reopen(writable=writable)
         if writable:
@@ -343,9 +362,10 @@ class Layer:
             raise
 
     async def close(self) -> None:
-        """Flush and close."""
+        """Flush and close, once no other flush is under way."""
         try:
             await self.complete(0, self.size)
+            await self._no_flush()
         finally:
             await self.image.close()
 

@@ -13,8 +13,10 @@ from storages import Gate, MemoryStorage
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cowfs.block.disk import Disk
+from cowfs.block.extent import Kind
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
+from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CorruptImage, CowfsError, StorageError
 from cowfs.formats import qcow2
 from cowfs.formats.chain import open_disk
@@ -301,6 +303,37 @@ async def test_all_that_is_left_behind_is_closed_though_some_of_it_makes_trouble
         assert "could not be marked as merged" in job.error
         assert s.storages["one"].closings == s.storages["two"].closings == 1
         await s.verify_anew()
+
+
+@pytest.mark.parametrize("pushing", [False, True])
+async def test_an_image_is_not_closed_or_reopened_under_a_flush(pushing: bool) -> None:
+    async with setup() as s:
+        await s.write(0, b"w" * CLUSTER)
+        await s.disk.flush()
+        top = s.storages["top"]
+        gate = top.gates["punch"] = Gate()
+        async with trio.open_nursery() as nursery:
+            job = Commit(s.disk, pivot=Pivot.NO if pushing else Pivot.YES)
+            if pushing:
+                assert await s.disk.drop(0, CLUSTER, WriteTracker(1))
+                s.model[:CLUSTER] = b"b" * CLUSTER
+            else:
+                nursery.start_soon(job.run)
+                while (await s.disk.layers[0].map(0, CLUSTER))[0].kind is Kind.DATA:
+                    await trio.lowlevel.checkpoint()
+            # what was let go of is given back to the host
+            nursery.start_soon(s.disk.flush)
+            await gate.arrived.wait()
+            if pushing:
+                storage = s.storages["new"] = MemoryStorage("new")
+                await qcow2.create(storage, SIZE, Backing("top", "qcow2"), {})
+                nursery.start_soon(s.disk.push, Layer(await qcow2.open_image(storage)))
+            await wait_all_tasks_blocked()
+            assert not top.closings
+            assert not top.read_only
+            gate.open()
+        assert len(s.disk.layers) == (3 if pushing else 1)
+        await s.verify()
 
 
 @pytest.mark.needs("qemu-img")
