@@ -170,6 +170,7 @@ async def rebase(scene: Scene) -> None:
         part = other[start : (start + end) // 2]
         other[start : start + len(part)] = scene.chooser.randbytes(len(part))
     scene.add("other", bytes(other), read_only=True)
+    scene.formats["other"] = "raw"
     await scene.create()
     scene.begin()
     for name in ("other", "base", None)[: scene.chooser.randrange(1, 4)]:
