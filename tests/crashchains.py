@@ -112,8 +112,8 @@ async def _run(scene: Scene, *also: str) -> None:
         await scene.work(4)
 
 
-async def stream(scene: Scene) -> None:
-    """Down to a layer that stays."""
+async def shorten(scene: Scene) -> None:
+    """Streaming down to a layer that stays."""
     await _create(scene)
     base = scene.chooser.choice(NAMES[:2])
     scene.rerun = lambda disk: Stream(disk, base=_named(disk, base))
@@ -141,8 +141,8 @@ async def _verify_marks(scene: Scene) -> None:
         assert marked == (name not in scene.final), name
 
 
-async def commit_between(scene: Scene) -> None:
-    """Layers that lie between the active one and another."""
+async def between(scene: Scene) -> None:
+    """Commit of layers that lie between the active one and another."""
     await _create(scene)
     top, base = scene.chooser.choice([("mid2", "mid1"), ("mid2", "base"), ("mid1", "base")])
     _commit(scene, top, base)
@@ -150,8 +150,8 @@ async def commit_between(scene: Scene) -> None:
     await _verify_marks(scene)
 
 
-async def commit_deep(scene: Scene) -> None:
-    """The active layer into one that is not right below it."""
+async def deep(scene: Scene) -> None:
+    """Commit of the active layer into one that is not right below it."""
     await _create(scene)
     _commit(scene, "top", scene.chooser.choice(["base", "mid1"]))
     await _run(scene, "discard")

@@ -328,7 +328,10 @@ class Scene:
             files = await self.repaired(files)
         storages = {name: MemoryStorage(name, content, read_only=True) for name, content in files.items()}
         layers = await self._open(storages, *await self.entry(moment, files))
-        for name in files:
+        for layer in layers:
+            await assert_sound(layer.image)
+        for name in files if self.rerun is not None else ():
+            # those that are no part of the chain any more
             await assert_sound(await open_one(storages[name], self.formats.get(name, self.variant.format)))
         disk = Disk(layers)
         content = await disk.read(0, disk.size)
