@@ -11,6 +11,9 @@ from cowfs.fuse.tree import ControlNode, Directory, FlatFile, LayerFile, Node
 
 #: seconds for which the kernel may rely on attributes and names; sizes change only through the kernel itself
 TIMEOUT = 1.0
+#: the same for the attributes of flat files. Where requests overlap, the kernel takes what it hears of attributes for
+#: outdated: once they had expired, it would ask before each request, in vain. Looking up the name brings new ones.
+FLAT_TIMEOUT = 1e6
 
 
 class Attributes:
@@ -46,6 +49,7 @@ class Attributes:
     @_fill.register
     def _(self, node: FlatFile, entry: pyfuse3.EntryAttributes) -> None:
         disk = node.served.disk
+        entry.attr_timeout = FLAT_TIMEOUT
         entry.st_mode = stat.S_IFREG | (self._mode & 0o555 if disk.read_only else self._mode)
         entry.st_size = disk.size
         entry.st_blocks = sum(storage.allocated for layer in disk.layers for storage in layer.storages) // 512
