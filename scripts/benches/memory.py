@@ -21,7 +21,7 @@ import numpy as np
 import trio
 from peers import check, machine, run
 
-from cowfs.formats.chain import open_disk
+from cowfs.formats.chain import Opening, open_disk
 
 #: bytes
 CLUSTER = 65536
@@ -89,7 +89,7 @@ def resident() -> float:
 async def work(path: Path, case: Case, reads: int, writes: int) -> list[float]:
     """Resident memory when the image is open, after reads, after writes, after a flush; then most of tables."""
     rnd = random.Random(SEED)
-    disk = await open_disk(str(path), case.format, writable=True, cache_size=case.bound * MIB)
+    disk = await open_disk(str(path), case.format, writable=True, opening=Opening(case.bound * MIB))
     figures = [resident()]
     for _ in range(reads):
         await disk.read(rnd.randrange(disk.size // 4096) * 4096, 4096)

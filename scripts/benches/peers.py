@@ -10,14 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 #: seconds that a server may take to show its file
 PATIENCE = 20.0
 
 
-def run(*words: str | Path) -> str:
-    """Run a command that must succeed; what it prints."""
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+def run(*words: str | Path, text: str | None = None) -> str:
+    """Run a command that must succeed, with ``text`` on its standard input; what it prints."""
+    command = [str(word) for word in words]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"bench: {' '.join(map(str, words))}: {done.stderr or done.stdout}")
     return done.stdout
@@ -47,15 +49,19 @@ class Peer(ABC):
 
 
 class Cowfs(Peer):
-    """The work tree's own."""
+    """The work tree's own; ``options`` are those of the mount."""
 
     name = "cowfs"
+
+    def __init__(self, options: str = "") -> None:
+        self._options = options
 
     def start(self, image: Path, format: str, folder: Path) -> Path:
         """Mount."""
         point = folder / "cowfs"
         point.mkdir(exist_ok=True)
-        run(Path(sys.executable).with_name("cowfs"), "mount", "-o", f"format={format}", f"disk={image}", point)
+        options = ",".join(filter(None, (f"format={format}", self._options)))
+        run(Path(sys.executable).with_name("cowfs"), "mount", "-o", options, f"disk={image}", point)
         return point / "disk"
 
     def stop(self, folder: Path) -> None:
@@ -68,11 +74,15 @@ class QemuExport(Peer):
 
     name = "qemu"
 
+    def __init__(self, *, copy_on_read: bool = False) -> None:
+        self._copy_on_read = copy_on_read
+
     def start(self, image: Path, format: str, folder: Path) -> Path:
         """Export, growing writes allowed as the format needs them."""
         flat = folder / "qemu"
         flat.touch()
         before = flat.stat().st_dev
+        node = "copying" if self._copy_on_read else "disk"
         self._process = subprocess.Popen(
             [
                 "qemu-storage-daemon",
@@ -80,8 +90,9 @@ class QemuExport(Peer):
                 f"driver=file,node-name=file,filename={image}",
                 "--blockdev",
                 f"driver={format},node-name=disk,file=file",
+                *(("--blockdev", "driver=copy-on-read,node-name=copying,file=disk") if self._copy_on_read else ()),
                 "--export",
-                f"type=fuse,id=export,node-name=disk,mountpoint={flat},writable=on",
+                f"type=fuse,id=export,node-name={node},mountpoint={flat},writable=on",
             ]
         )
         deadline = time.monotonic() + PATIENCE
@@ -121,11 +132,12 @@ def check(image: Path, format: str) -> None:
         sys.exit(f"bench: {image} is damaged")
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     return {
         "cores": os.cpu_count(),
         "kernel": os.uname().release,
         "python": sys.version.split()[0],
         "qemu": run("qemu-img", "--version").split()[2],
+        "load": os.getloadavg()[0],
     }
