@@ -33,7 +33,7 @@ PAGE = 4096
 #: bytes of tables that one image keeps, by default
 DEFAULT_BOUND = 32 << 20
 #: bytes of them that an image keeps which nobody uses
-RESTING_BOUND = 256 << 10
+RESTING_BOUND = 128 << 10
 #: tables that fit in at the least, however large they are
 MIN_TABLES = 8
 

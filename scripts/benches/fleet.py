@@ -29,7 +29,7 @@ JOBS = 4
 #: bytes a second of each of them
 JOB_SPEED = 10 * MIB
 #: seconds after which disks that nobody uses have given back what they can
-SETTLING = 45
+SETTLING = 65
 COWFS = Path(sys.executable).with_name("cowfs")
 
 
