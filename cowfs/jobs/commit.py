@@ -127,16 +127,13 @@ class Commit(Job):
 
     @asynccontextmanager
     async def _base_open(self) -> AsyncIterator[None]:
-        """Have the base open for writing, and nobody look at it, as long as this needs it."""
+        """Have the base open for writing as long as this needs it; whoever looks sees it become what it will be."""
         disk = self.disk
         await disk.set_layer_writable(self._depth, True)
-        if not self._keep:
-            disk.spoiled |= {self._base}
         try:
             yield
         finally:
             with trio.CancelScope(shield=True):
-                disk.spoiled -= {self._base}
                 if self._depth:
                     await disk.set_layer_writable(self._depth, False)
         if not self._keep:
