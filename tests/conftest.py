@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commandline import ok, qemu_img
+from guests import KERNEL
 from mounting import Mounts
 from nbdservers import Servers
 
@@ -15,11 +16,14 @@ _CONDITIONS = {
     "root": lambda: os.geteuid() == 0,
     "fuse": lambda: Path("/dev/fuse").exists(),
     "loop": lambda: Path("/dev/loop-control").exists(),
+    "guest-kernel": (KERNEL / "vmlinuz").exists,
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*things): root, fuse, loop, or programs that the test calls")
+    config.addinivalue_line(
+        "markers", "needs(*things): root, fuse, loop, guest-kernel, or programs that the test calls"
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
