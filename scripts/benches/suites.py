@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -343,6 +344,7 @@ def all_suites() -> list[Suite]:
 
 @contextmanager
 def scratch(where: str) -> Iterator[Path]:
-    """Yield a new folder, gone afterwards with all that is in it."""
+    """Yield a new folder, gone afterwards with all that is in it; SIGTERM ends the program in order, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: was told to end"))
     with tempfile.TemporaryDirectory(prefix="cowfs-bench.", dir=where) as folder:
         yield Path(folder)
