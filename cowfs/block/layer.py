@@ -295,6 +295,13 @@ class Layer:
         await self.complete(0, self.size)
         await self.image.settle()
 
+    async def _settle_for_good(self) -> None:
+        """`settle`, with no flush under way in the end: others take no lock, and may leave something to write."""
+        await self.settle()
+        while self._flushes:
+            await self._no_flush()
+            await self.settle()
+
     async def compact(self) -> None:
         """Give back host space that holds nothing; nothing else is under way on this layer."""
         await self.complete(0, self.size)
@@ -323,17 +330,22 @@ class Layer:
         await self.image.set_backing(backing)
 
     async def set_writable(self, writable: bool) -> None:
-        """Change between reading and writing; on the way back everything is flushed and settled first."""
+        """Change between reading and writing; on the way back everything is flushed and settled first.
+
+        If it cannot be flushed, it stays open for writing; if it cannot be settled, it does not. The error is raised.
+        """
         if writable:
             if self.image.unwritable is not None:
                 raise ReadOnly(self.image.unwritable, file=self.name)
         elif not self.storage.read_only:
             await self.flush()
-            await self.settle()
-            while self._flushes:
-                # somebody else's, which takes no lock of the disk, and may leave something to write
-                await self._no_flush()
-                await self.settle()
+            try:
+                await self._settle_for_good()
+            except CowfsError:
+                # all is durable; what is left are marks and leaks, which whoever writes to it next can do away with
+                self.begun = False
+                await self.reopen(writable=False)
+                raise
             self.begun = False
         await self.reopen(writable=writable)
         if writable:

@@ -454,13 +454,15 @@ class Stack(Chain):
             old = self.layers[0]
             if layer.size != self.size:
                 raise Busy(f"has {self.size} bytes, and its overlay {layer.size}", file=old.name)
-            await old.set_writable(False)
-            with trio.CancelScope(shield=True):
-                try:
+            try:
+                await old.set_writable(False)
+                with trio.CancelScope(shield=True):
                     await remember(layer, old)
-                except BaseException:
+            except BaseException:
+                with trio.CancelScope(shield=True):
                     await old.set_writable(True)
-                    raise
+                raise
+            with trio.CancelScope(shield=True):
                 await old.end_partial()
                 self._adopt(layer)
                 self._activate(layer)

@@ -305,6 +305,27 @@ async def test_all_that_is_left_behind_is_closed_though_some_of_it_makes_trouble
         await s.verify_anew()
 
 
+async def test_a_snapshot_that_fails_leaves_the_active_layer_writable() -> None:
+    async with setup() as s:
+        await s.write(0, b"w" * CLUSTER)
+        storage = s.storages["new"] = MemoryStorage("new")
+        await qcow2.create(storage, SIZE, Backing("top", "qcow2"), {})
+        layer, settle = s.disk.layers[0], s.disk.layers[0].image.settle
+
+        async def fail() -> None:
+            raise BROKEN
+
+        layer.image.settle = fail  # type: ignore[method-assign]
+        with pytest.raises(StorageError, match="broken"):
+            await s.disk.push(Layer(await qcow2.open_image(storage)))
+        layer.image.settle = settle  # type: ignore[method-assign]
+        assert not layer.storage.read_only
+        await s.write(CLUSTER, b"w" * 512)
+        await s.disk.flush()
+        await s.verify()
+        await s.verify_anew()
+
+
 @pytest.mark.parametrize("pushing", [False, True])
 async def test_an_image_is_not_closed_or_reopened_under_a_flush(pushing: bool) -> None:
     async with setup() as s:
