@@ -17,8 +17,9 @@ from cowfs.block.snapshots import SnapshotKey
 from cowfs.errors import CowfsError, InvalidImage, NotFound, NotPermitted, Unsupported, UsageError, blaming
 from cowfs.formats.datafile import data_path, open_data
 from cowfs.formats.registry import format_named, open_guessed
-from cowfs.storage import DEFAULT_NETWORK, Network, is_remote, open_storage
-from cowfs.storage.nbd.address import parse_address, require_absolute
+from cowfs.storage import DEFAULT_NETWORK, Network, is_remote, open_storage, parse_address, shown
+from cowfs.storage.nbd.address import Address as NbdAddress
+from cowfs.storage.nbd.address import require_absolute
 from cowfs.storage.nbd.jsonname import PREFIX, parse_json_name
 
 #: layers; a longer chain is taken for a mistake
@@ -217,9 +218,9 @@ def _beside(file: str, name: str) -> str:
 def backing_source(name: str, backing: Backing) -> Source:
     """Return what an image's backing file name stands for: relative names lie beside the image that names them.
 
-    Exports of NBD servers have URIs, and the names that QEMU has for them besides. An image that comes from a server
-    may not lead to files of this host: what it takes from below could go back there. Raises `Unsupported` for what is
-    neither file nor export, `NotPermitted`, or `InvalidImage` for a path in a URI that is not absolute.
+    Exports of NBD servers and objects have URIs, and QEMU has other names for exports besides. An image that comes
+    from a server may not lead to files of this host: what it takes from below could go back there. Raises `Unsupported`
+    for what is none of these, `NotPermitted`, or `InvalidImage` for a path in a URI that is not absolute.
     """
     text = backing.name
     if text.startswith(PREFIX):
@@ -229,13 +230,12 @@ def backing_source(name: str, backing: Backing) -> Source:
             raise Unsupported(f"its backing file '{text}' {error.message}", file=name) from None
         if format is not None and backing.format not in (None, format):
             raise InvalidImage(f"its backing file '{text}' is said to be {backing.format} too", file=name)
-        return Source(require_absolute(parse_address(address.uri), name).uri, backing.format or format)
+        return Source(_required(address.uri, name), backing.format or format)
     if is_remote(text):
         try:
-            address = parse_address(text)
+            return Source(_required(text, name), backing.format)
         except (UsageError, Unsupported) as error:
-            raise type(error)(f"its backing file '{text}' {error.message}", file=name) from None
-        return Source(require_absolute(address, name).uri, backing.format)
+            raise type(error)(f"its backing file '{shown(text)}' {error.message}", file=name) from None
     if is_remote(name):
         raise NotPermitted(f"comes from a server, and may not have the file '{text}' as its backing file", file=name)
     if text.startswith("file:"):
@@ -243,6 +243,21 @@ def backing_source(name: str, backing: Backing) -> Source:
     elif (protocol := _PROTOCOL.match(text)) is not None:
         raise Unsupported(f"its backing file '{text}' is no local file ('{protocol[1]}')", file=name)
     return Source(_beside(name, text), backing.format)
+
+
+def _required(uri: str, file: str) -> str:
+    """Check the name of a backing file on a server, and return it as it is always written."""
+    address = parse_address(uri)
+    return require_absolute(address, file).uri if isinstance(address, NbdAddress) else address.uri
+
+
+def require_storable(name: str) -> None:
+    """Refuse names with credentials in them, which would end up in a header; others are looked at when they are used.
+
+    Raises what `parse_address` raises.
+    """
+    if shown(name) != name:
+        parse_address(name)
 
 
 def backing_name(name: str, above: str) -> str:

@@ -15,7 +15,7 @@ import trio
 from cowfs.block.alignment import align_up
 from cowfs.block.image import Backing
 from cowfs.errors import CowfsError, InvalidImage, StorageError, UsageError
-from cowfs.formats.chain import backing_source, open_chain, open_disk, remember_base
+from cowfs.formats.chain import backing_source, open_chain, open_disk, remember_base, require_storable
 from cowfs.formats.datafile import data_path
 from cowfs.formats.registry import Format, format_named
 from cowfs.storage import Storage, create_storage, open_storage, sync_directory
@@ -44,6 +44,8 @@ async def create_image(
     options = options or {}
     try:
         driver = format_named(format)
+        if backing is not None:
+            require_storable(backing.name)
         existing = await existing_identity(name)
         if backing is not None and backing.format is not None:
             format_named(backing.format)

@@ -20,7 +20,7 @@ from cowfs.block.identity import remember
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.errors import InvalidImage, UsageError, blaming
-from cowfs.formats.chain import Opening, backing_source, open_chain, open_disk, open_image
+from cowfs.formats.chain import Opening, backing_source, open_chain, open_disk, open_image, require_storable
 from cowfs.formats.registry import format_named
 from cowfs.storage import is_remote
 
@@ -72,6 +72,7 @@ def _check(backing: Backing | None) -> None:
     if backing is not None:
         if backing.format is None:
             raise UsageError("the format of the backing file must be given too, with -F")
+        require_storable(backing.name)
         format_named(backing.format)
 
 

@@ -62,6 +62,11 @@ class Storage(ABC):
         return False
 
     @property
+    def version(self) -> str:
+        """What a store calls the version of its bytes, the same as long as they are; '' where nobody says that."""
+        return ""
+
+    @property
     @abstractmethod
     def allocated(self) -> int:
         """Bytes of the host's space that it takes, as ``st_blocks`` tells."""

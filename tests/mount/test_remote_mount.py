@@ -1,0 +1,178 @@
+"""Images on HTTP servers: what the commands make of them, and mounts of overlays on them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commandline import cowfs, ok, qemu_img, refusal
+from httpservers import Web, drop, web_server
+from mounting import Mounts
+
+pytestmark = pytest.mark.needs("fuse", "qemu-img")
+
+SIZE = 6 << 20
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with web_server() as web:
+        yield web
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.raw"
+    path.write_bytes(os.urandom(3 << 20) + bytes(1 << 20) + os.urandom(2 << 20))
+    return path
+
+
+def put_qcow2(web: Web, base: Path, *words: str) -> tuple[str, Path]:
+    path = base.with_name("golden.qcow2")
+    ok(qemu_img("convert", "-f", "raw", "-O", "qcow2", *words, base, path))
+    return web.put("images/golden.qcow2", path.read_bytes()), path
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2", "compressed"])
+def test_an_overlay_lives_on_an_object_and_then_without_it(
+    web: Web, base: Path, tmp_path: Path, mount: Mounts, kind: str
+) -> None:
+    words = ["-c"] if kind == "compressed" else []
+    url = web.put("base.raw", base.read_bytes()) if kind == "raw" else put_qcow2(web, base, *words)[0]
+    format = "raw" if kind == "raw" else "qcow2"
+    top = tmp_path / "top.qcow2"
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", format, top))
+    facts = json.loads(ok(cowfs("info", "--json", "--backing-chain", top)))
+    assert [fact["filename"] for fact in facts] == [str(top), url]
+    assert (
+        facts[0]["backing-filename"]
+        == json.loads(ok(qemu_img("info", "--output=json", top)))["backing-filename"]
+        == url
+    )
+    assert "actual-size" not in facts[1]
+    ok(cowfs("compare", top, base))
+    content = bytearray(base.read_bytes())
+    mounted = mount(top)
+    flat = mounted.flat("top")
+    with flat.open("r+b") as file:
+        for offset, length in ((5, 1), (65_000, 3000), (4 << 20, 1 << 20), (SIZE - 1, 1)):
+            data = os.urandom(length)
+            content[offset : offset + length] = data
+            file.seek(offset)
+            file.write(data)
+    assert flat.read_bytes() == content
+    ok(cowfs("stream", "-q", flat))
+    web.stop()
+    web.things.clear()
+    assert flat.read_bytes() == content
+    mounted.umount()
+    assert "backing file" not in ok(cowfs("info", top))
+    assert qemu_img("check", top).returncode == 0
+    (tmp_path / "expected").write_bytes(content)
+    assert qemu_img("compare", "-F", "raw", top, tmp_path / "expected").returncode == 0
+
+
+def test_an_object_is_an_image_that_can_be_read(web: Web, base: Path, tmp_path: Path, mount: Mounts) -> None:
+    url, local = put_qcow2(web, base)
+    copy = tmp_path / "copy.raw"
+    ok(cowfs("convert", "-O", "raw", url, copy))
+    assert copy.read_bytes() == base.read_bytes()
+    ok(cowfs("compare", url, base))
+    assert ok(cowfs("check", url)) == ok(cowfs("check", local))
+    assert json.loads(ok(cowfs("map", "--json", url))) == json.loads(ok(cowfs("map", "--json", local)))
+    assert "can only be read" in refusal(cowfs("resize", url, "10M"))
+    assert "can only be read" in refusal(cowfs("create", url, "10M"))
+    assert "may be mounted read-only, with -o ro" in refusal(cowfs("mount", url, mount.new_point()))
+    mounted = mount("-o", "ro", url)
+    assert mounted.flat("golden").read_bytes() == base.read_bytes()
+    mounted.umount()
+
+
+def test_an_object_that_has_changed_since_the_overlay_was_made(
+    web: Web, base: Path, tmp_path: Path, mount: Mounts
+) -> None:
+    content = base.read_bytes()
+    url = web.put("base.raw", content)
+    top = tmp_path / "top.qcow2"
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", top))
+    # in a place that no sample of its bytes would see
+    web.put("base.raw", content[:70_000] + b"changed" + content[70_007:])
+    text = refusal(cowfs("mount", top, mount.new_point()))
+    assert f"its backing file {url} has changed since this image was put on it" in text
+    web.put("base.raw", content)
+    mounted = mount(top)
+    with mounted.flat("top").open("rb", buffering=0) as file:
+        assert os.pread(file.fileno(), 4096, 0) == content[:4096]
+        web.put("base.raw", os.urandom(SIZE))
+        with pytest.raises(OSError, match="Stale file handle"):
+            os.pread(file.fileno(), 4096, 5 << 20)
+        assert "has changed since it was opened" in mounted.control("top", "error").read_text()
+        assert os.pread(file.fileno(), 4096, 0) == content[:4096]
+    mounted.umount()
+
+
+def test_a_stream_outlives_a_server_that_fails_now_and_then(
+    web: Web, base: Path, tmp_path: Path, mount: Mounts
+) -> None:
+    url = web.put("base.raw", base.read_bytes())
+    top = tmp_path / "top.qcow2"
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", top))
+    mounted = mount("-o", "net-timeout=5,net-retry=20", top)
+    web.faults = [drop] * 5
+    ok(cowfs("stream", "-q", mounted.flat("top")))
+    assert not web.faults
+    web.stop()
+    assert mounted.flat("top").read_bytes() == base.read_bytes()
+    mounted.umount()
+
+
+def test_an_image_from_a_server_leads_to_no_local_file(web: Web, base: Path, tmp_path: Path) -> None:
+    ok(qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", tmp_path / "evil.qcow2"))
+    url = web.put("evil.qcow2", (tmp_path / "evil.qcow2").read_bytes())
+    assert "comes from a server" in refusal(cowfs("convert", "-O", "raw", url, tmp_path / "out"), 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_credentials_stay_out_of_headers_and_messages(base: Path, tmp_path: Path, mount: Mounts) -> None:
+    top = tmp_path / "top.qcow2"
+    for url in ("https://me:geheim@localhost/base.raw", "https://localhost/base.raw?sig=geheim"):
+        for words in (["-u"], []):
+            text = refusal(cowfs("create", *words, "-f", "qcow2", "-b", url, "-F", "raw", top, "1M"))
+            assert "credentials" in text
+            assert "geheim" not in text
+            assert not top.exists()
+    local = tmp_path / "local.qcow2"
+    ok(qemu_img("create", "-q", "-f", "qcow2", local, "1M"))
+    text = refusal(cowfs("rebase", "-u", "-b", "https://me:geheim@localhost/x", "-F", "raw", local))
+    assert "geheim" not in text
+    # others may have written it
+    ok(qemu_img("rebase", "-u", "-b", "https://me:geheim@localhost/x", "-F", "raw", local))
+    commands: list[list[str | Path]] = [["mount", local, mount.new_point()], ["compare", local, base]]
+    commands.append(["info", "--backing-chain", local])
+    for command in commands:
+        result = cowfs(*command)
+        assert result.returncode
+        assert "credentials" in result.stderr
+        assert "geheim" not in result.stderr
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['{}'] = None; "
+    code += "import cowfs.cli.main as m; sys.argv[1:] = ['info', '{}']; sys.exit(m.main())"
+    for module, url in (("fsspec", "https://localhost/x"), ("aiohttp", "https://localhost/x"), ("s3fs", "s3://b/x")):
+        words = [sys.executable, "-c", code.format(module, url)]
+        result = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"cowfs: {url}: ")
+        assert result.stderr.endswith(f"needs '{module}', which is not installed: pip install cowfs[remote]\n")
+        assert result.stderr.count("\n") == 1
+
+
+def test_what_qemu_wrote_on_top(web: Web, base: Path, tmp_path: Path) -> None:
+    url, _ = put_qcow2(web, base)
+    top = tmp_path / "top.qcow2"
+    ok(qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", url, "-F", "qcow2", top, str(SIZE)))
+    ok(cowfs("compare", top, base))
