@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import crashchains
+import pytest
 import trio
 from crashchains import beside
 from crashing import VARIANTS, Files, Guest, K, Scene, open_one
 from qcow2damage import Anatomy, damage_counts, wreck_refcounts
+from steadysteps import steady_steps
 from storages import MemoryStorage
 from trio._core import _run
 
@@ -25,7 +27,6 @@ from cowfs.block.layer import Layer
 from cowfs.formats.raw import RawImage
 from cowfs.formats.rebase import _Rebase
 from cowfs.jobs import commit as commit_job
-from cowfs.jobs import stream as stream_job
 from cowfs.jobs.commit import Commit
 from cowfs.jobs.stream import Stream
 
@@ -315,8 +316,9 @@ async def _record(kind: str, variant: str, seed: int) -> Scene:
     gentle = (seed + len(variant)) % 3
     with (
         patch.multiple(commit_job, STEP=STEP, BATCH=BATCH, GENTLE_PASSES=gentle),
-        patch.object(stream_job, "STEP", STEP),
+        pytest.MonkeyPatch.context() as patches,
     ):
+        steady_steps(patches, STEP)
         await KINDS[kind][0](scene)
     return scene
 

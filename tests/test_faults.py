@@ -15,6 +15,7 @@ import trio
 from commandline import ok, qemu_img
 from crashing import DRIVERS, Guest, K, assert_sound
 from faults import FaultyStorage, Trouble
+from steadysteps import steady_steps
 from storages import MemoryStorage
 
 from cowfs.block.check import Repair
@@ -27,7 +28,6 @@ from cowfs.errors import CowfsError, ReadOnly, StorageError
 from cowfs.formats import qcow2
 from cowfs.formats.raw import RawImage
 from cowfs.jobs import commit as commit_job
-from cowfs.jobs import stream as stream_job
 from cowfs.jobs.commit import Commit
 from cowfs.jobs.job import Job, State
 from cowfs.jobs.stream import Stream
@@ -332,7 +332,7 @@ def troubles(nth: int) -> Iterator[Trouble]:
 async def test_every_operation_fails(
     work: str, format: str, cold: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stream_job, "STEP", 256 * K)
+    steady_steps(monkeypatch, 256 * K)
     monkeypatch.setattr(commit_job, "STEP", 16 * K)
     monkeypatch.setattr(commit_job, "BATCH", 32 * K)
     struck = 0

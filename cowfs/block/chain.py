@@ -12,8 +12,8 @@ import trio
 from cowfs.block.alignment import align_down, align_up, split
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
+from cowfs.block.moves import Source
 from cowfs.block.owners import WORTHWHILE, Owners, Piece
-from cowfs.block.partial import Source
 from cowfs.block.quiescence import Readers
 from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CowfsError
@@ -184,7 +184,7 @@ class Chain:
         await layer.complete(offset, offset + len(data))
         if offset < layer.image.vetted:
             await self._vet(depth, offset, data)
-        for in_place, extents in _by_treatment(await layer.map(offset, len(data))):
+        for in_place, extents in by_treatment(await layer.map(offset, len(data))):
             start, end = extents[0].offset, extents[-1].end
             if not in_place:
                 await self._allocate(depth, start, data[start - offset : end - offset])
@@ -231,6 +231,6 @@ class Chain:
             await self.write_layer(depth, position, memoryview(bytes(min(_ZERO_STEP, end - position))))
 
 
-def _by_treatment(extents: list[Extent]) -> list[tuple[bool, list[Extent]]]:
+def by_treatment(extents: list[Extent]) -> list[tuple[bool, list[Extent]]]:
     """Group neighbours by how they are written: in place, or by allocating."""
     return [(in_place, list(group)) for in_place, group in groupby(extents, lambda e: e.kind is Kind.DATA)]

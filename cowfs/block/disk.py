@@ -17,8 +17,9 @@ from cowfs.block.copyonread import Populator
 from cowfs.block.discard import Discarding
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
+from cowfs.block.moves import SECTOR
 from cowfs.block.owners import Piece
-from cowfs.block.partial import SECTOR, Below, PartialClusters
+from cowfs.block.partial import Below, PartialClusters
 from cowfs.block.upkeep import complete_clusters, flush_periodically, rest_when_idle
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly, UsageError
 
@@ -41,6 +42,13 @@ class Disk(Discarding):
         self._flush_interval = flush_interval
         self._populator: Populator | None = None
         self._nursery: trio.Nursery | None = None
+        #: requests of guests that take more than a moment, and have not been answered yet
+        self.waiting = 0
+
+    @property
+    def requests(self) -> int:
+        """Requests of guests that have been answered so far."""
+        return self.stats.reads + self.stats.writes + self.stats.flushes
 
     # -- reading
 
@@ -80,12 +88,16 @@ class Disk(Discarding):
         length = len(view)
         if offset + length > self.size:
             raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
-        if self.copies_on_read and self._populator is not None and not self._populator.has_room:
-            # who needs nothing from below does not wait for it
-            fetches = any(map(_fetched, await self.resolve(offset, length)))
-            if fetches and self._populator is not None:
-                await self._populator.room()
-        pieces = await self.read_pieces(0, offset, view)
+        self.waiting += 1
+        try:
+            if self.copies_on_read and self._populator is not None and not self._populator.has_room:
+                # who needs nothing from below does not wait for it
+                fetches = any(map(_fetched, await self.resolve(offset, length)))
+                if fetches and self._populator is not None:
+                    await self._populator.room()
+            pieces = await self.read_pieces(0, offset, view)
+        finally:
+            self.waiting -= 1
         if self.copies_on_read and self._populator is not None and any(map(_fetched, pieces)):
             self._populator.offer(offset, length)
         self.stats.reads += 1
@@ -136,6 +148,14 @@ class Disk(Discarding):
         self._check_write(offset, length)
         if not length:
             return
+        self.waiting += 1
+        try:
+            await self._write(offset, data)
+        finally:
+            self.waiting -= 1
+
+    async def _write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        length = len(data)
         async with self._holding(offset, offset + length) as (start, end):
             top = self.layers[0]
             if top.partial is not None and end - start == self.cluster_size and offset >= top.image.vetted:
@@ -190,7 +210,11 @@ class Disk(Discarding):
     async def flush(self) -> None:
         """Make durable every write that was answered before this call."""
         self.stats.flushes += 1
-        await self.sync()
+        self.waiting += 1
+        try:
+            await self.sync()
+        finally:
+            self.waiting -= 1
 
     async def grow(self, size: int) -> None:
         """Make the disk larger; the new part reads as zeros, whatever a longer backing file holds there."""

@@ -6,6 +6,7 @@ anything out of range, and never for a change while read-only.
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -209,19 +210,25 @@ class Layer:
 
         The last unit may reach beyond the end of the disk.
         """
-        length = sum(map(len, buffers))
+
+        async def write(places: list[Place]) -> None:
+            rest = [memoryview(buffer) for buffer in buffers]
+            for _, host, size in places:
+                part, rest = _cut(rest, size)
+                if not self.data_storage.write_now(host, part):
+                    await self.data_storage.write(host, part)
+
+        await self.fill_clusters(offset, sum(map(len, buffers)), write)
+
+    async def fill_clusters(self, offset: int, length: int, fill: Callable[[list["Place"]], Awaitable[None]]) -> None:
+        """Allocate space for whole units, have ``fill`` write all of it, then link it; see `write_clusters`."""
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
         await self.complete(offset, offset + length)
         reservation = await self.image.reserve(offset, length)
         try:
-            rest = [memoryview(buffer) for buffer in buffers]
-            left = length if self.image.writes_past_end else min(length, self.size - offset)
-            for host, size in adjacent(reservation.runs):
-                part, rest = _cut(rest, min(size, left))
-                left -= min(size, left)
-                if not self.data_storage.write_now(host, part):
-                    await self.data_storage.write(host, part)
+            end = offset + length if self.image.writes_past_end else min(offset + length, self.size)
+            await fill(_places(reservation.runs, offset, end))
         except BaseException:
             self.image.release(reservation)
             raise
@@ -382,16 +389,28 @@ class Layer:
             await self.image.close()
 
 
-def adjacent(runs: Sequence[Run]) -> list[tuple[int, int]]:
-    """Join runs that follow each other in the storage: (host offset, length)."""
-    joined: list[tuple[int, int]] = []
+class Place(NamedTuple):
+    """Host space for ``length`` bytes of the guest's disk from ``offset`` on."""
+
+    offset: int
+    host_offset: int
+    length: int
+
+
+def _places(runs: Sequence[Run], offset: int, end: int) -> list[Place]:
+    """Say where a guest range goes, cut at ``end``, in as few pieces as can be."""
+    places: list[Place] = []
     for run in runs:
-        if joined and sum(joined[-1]) == run.host_offset:
-            host, size = joined.pop()
-            joined.append((host, size + run.length))
+        size = min(run.length, end - offset)
+        if size <= 0:
+            break
+        if places and places[-1].host_offset + places[-1].length == run.host_offset:
+            last = places.pop()
+            places.append(last._replace(length=last.length + size))
         else:
-            joined.append((run.host_offset, run.length))
-    return joined
+            places.append(Place(offset, run.host_offset, size))
+        offset += size
+    return places
 
 
 def _cut(views: list[memoryview], size: int) -> tuple[list[memoryview], list[memoryview]]:

@@ -20,14 +20,13 @@ import trio
 
 from cowfs.block.extent import NO_OFFSET, Extent, Kind, patched
 from cowfs.block.image import Image, Reservation, Run
+from cowfs.block.moves import SECTOR, Source, moves_into
 from cowfs.block.quiescence import Readers
 from cowfs.errors import CowfsError
-from cowfs.storage.base import Move, Storage
+from cowfs.storage.base import Move
 
 log = logging.getLogger(__name__)
 
-#: bytes; the grain in which it is known what has been written
-SECTOR = 512
 #: bytes of clusters that may be partial; beyond that the rest is copied with the write
 BOUND = 1 << 30
 #: clusters that may be partial however large they are
@@ -38,20 +37,6 @@ ALLOWANCE = 256
 BATCH = 64
 #: seconds without such writes after which clusters are completed in the background
 QUIET = 0.1
-
-
-class Source(NamedTuple):
-    """Where the content of a guest range lies; no storage stands for zeros. Bytes."""
-
-    offset: int
-    length: int
-    storage: Storage | None
-    host_offset: int
-
-    @property
-    def end(self) -> int:
-        """Guest offset of the first byte after it."""
-        return self.offset + self.length
 
 
 class Below(NamedTuple):
@@ -341,32 +326,10 @@ class PartialClusters:
             return []
         sources = self._below.sources_now(start, self._size)
         if sources is not None:
-            return _moves(gaps, sources, start, cluster)
+            end, blank = start + self._size, cluster.reads_zero
+            return moves_into(cluster.host_offset, start, end, gaps, sources, blank=blank)
         content = memoryview(await self._below.read(start, self._size))
         for first, last in gaps:
             buffers = [content[first - start : last - start]]
             await self._image.data_storage.write(cluster.host_offset + first - start, buffers)
         return []
-
-
-def _moves(gaps: list[tuple[int, int]], sources: list[Source], start: int, cluster: Partial) -> list[Move]:
-    """Moves that fill the gaps of the cluster at guest offset ``start``; without zeros where zeros are already."""
-    to_host = cluster.host_offset - start
-    moves = []
-    left = iter(gaps)
-    gap = next(left, None)
-    for source in sources:
-        while gap is not None and gap[0] < source.end:
-            first, last = max(gap[0], source.offset), min(gap[1], source.end)
-            if source.storage is not None:
-                place = source.host_offset + first - source.offset
-                moves.append(Move(source.storage, place, first + to_host, last - first))
-            elif not cluster.reads_zero:
-                moves.append(Move(None, 0, first + to_host, last - first))
-            elif last == sources[-1].end:
-                # the file must not end inside of a cluster
-                moves.append(Move(None, 0, last - SECTOR + to_host, SECTOR))
-            if gap[1] > source.end:
-                break
-            gap = next(left, None)
-    return moves

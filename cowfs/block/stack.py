@@ -20,6 +20,7 @@ from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.block.rangelock import RangeLock
 from cowfs.block.sink import Sink
+from cowfs.block.transfer import copy_range
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import Busy, CowfsError, Unsupported
 
@@ -146,7 +147,8 @@ class Stack(Chain):
         copied = 0
         for start, end in units:
             end = min(end, self.size)
-            await self._copy_clusters_up(start, end)
+            self.changed = True
+            await copy_range(self, 1, 0, start, end)
             copied += end - start
         return copied
 
@@ -186,12 +188,6 @@ class Stack(Chain):
             areas.append((start, min(end, self.size)))
         return areas
 
-    async def _copy_clusters_up(self, start: int, end: int) -> None:
-        data = await self.read(start, end - start, 1)
-        padding = -len(data) % self.unit
-        self.changed = True
-        await self.layers[0].write_clusters(start, [data, bytes(padding)] if padding else [data])
-
     async def taken(self, span: Span, offset: int, length: int) -> list[Extent]:
         """Extents of a range in which the viewer of a span takes anything from it."""
         pieces = await self._resolve(self.layers[: span.base], span.viewer, offset, length, holes=False)
@@ -219,8 +215,7 @@ class Stack(Chain):
             if extent.kind is Kind.ZERO:
                 await self.zero_layer(span.base, extent.offset, size)
             else:
-                data = await self.read(extent.offset, size, span.viewer)
-                await self.write_layer(span.base, extent.offset, memoryview(data))
+                await copy_range(self, span.viewer, span.base, extent.offset, extent.offset + size)
                 copied += size
         return copied
 

@@ -5,12 +5,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from itertools import islice
 from typing import ClassVar, TypeVar
 
 import trio
 
 from cowfs.block.disk import Disk
 from cowfs.errors import CorruptImage, CowfsError, StorageError, UsageError
+from cowfs.jobs.pacing import MOST, Pacer
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +20,8 @@ T = TypeVar("T")
 
 #: seconds over which the rate is measured
 RATE_WINDOW = 5.0
+#: bytes, if that is whole clusters, that an error may cost where errors are ignored
+SKIPPED = 1 << 20
 
 
 class State(str, Enum):
@@ -73,7 +77,9 @@ class Job(ABC):
         self._resumed = trio.Event()
         self._retimed = trio.Event()
         self._not_before = 0.0
-        self._recent: deque[tuple[float, int]] = deque()
+        # when, how far it was then, and bytes copied since the entry before
+        self._recent: deque[tuple[float, int, int]] = deque()
+        self._pacer: Pacer
         self._completed = trio.Event()
         self._done = trio.Event()
         self._longest_pause = 0.0
@@ -85,8 +91,9 @@ class Job(ABC):
 
         One that begins ``paused`` does nothing at all until it is resumed.
         """
+        self._pacer = Pacer(self.disk)
         self._not_before = trio.current_time()
-        self._recent.append((trio.current_time(), 0))
+        self._measure_anew()
         self.disk.longest_pause = 0.0
         self._enter(State.PAUSED if paused else State.RUNNING)
         outcome = State.FAILED
@@ -128,6 +135,7 @@ class Job(ABC):
         self._require("resume", State.PAUSED)
         self.error = ""
         self._not_before = trio.current_time()
+        self._measure_anew()
         self._enter(State.RUNNING)
         self._resumed.set()
 
@@ -168,17 +176,27 @@ class Job(ABC):
     @property
     def rate(self) -> int:
         """Bytes a second that were copied over the last seconds; 0 unless running."""
-        if self.state is not State.RUNNING:
-            return 0
-        self._forget_old()
-        elapsed = trio.current_time() - self._recent[0][0]
-        return int(sum(size for _, size in self._recent) / elapsed) if elapsed > 0 else 0
+        return self._speed_of(sum(copied for _, _, copied in islice(self._recent, 1, None)))
 
     @property
     def eta(self) -> int | None:
-        """Seconds that are left at the present rate; None if that cannot be said."""
-        rate = self.rate
-        return -(-(self.length - self.offset) // rate) if rate else None
+        """Seconds that are left if the rest of the disk goes as the last part of it; None if that cannot be said.
+
+        What holds nothing to be copied is passed over at once, so this is no matter of `rate` alone.
+        """
+        passed = self._speed_of(self.offset - self._recent[0][1] if self._recent else 0)
+        return -(-(self.length - self.offset) // passed) if passed else None
+
+    def _speed_of(self, size: int) -> int:
+        """Bytes a second, if so many were dealt with over the last seconds."""
+        if self.state is not State.RUNNING:
+            return 0
+        elapsed = trio.current_time() - self._recent[0][0]
+        return int(size / elapsed) if elapsed > 0 else 0
+
+    def _measure_anew(self) -> None:
+        self._recent.clear()
+        self._recent.append((trio.current_time(), self.offset, 0))
 
     def _require(self, verb: str, *states: State) -> None:
         if self.state not in states:
@@ -226,26 +244,37 @@ class Job(ABC):
         if self._ignored is not None:
             raise self._ignored
 
+    def step(self, unit: int) -> int:
+        """Bytes to copy before the next call of `advance`, whole units: more while no guest is in the way."""
+        limits = [MOST]
+        if self.speed:
+            limits.append(self.speed // 10)
+        if self.on_error is OnError.IGNORE:
+            limits.append(SKIPPED)
+        return self._pacer.step(unit, min(limits))
+
     async def advance(self, offset: int, copied: int) -> None:
         """Say that the job has come to ``offset`` and copied so many bytes since the last call.
 
-        Gives way to everyone else; waits while paused or too fast.
+        Gives way to everyone else; waits while guests are busy (see `cowfs.jobs.pacing`), paused, or too fast.
         """
         self.offset = max(self.offset, offset)
         now = trio.current_time()
-        if copied:
-            self._recent.append((now, copied))
+        if copied or self.offset > self._recent[-1][1]:
+            self._recent.append((now, self.offset, copied))
             self._forget_old()
         if self.speed:
             self._not_before = max(self._not_before, now - 0.1) + copied / self.speed
         await trio.lowlevel.checkpoint()
+        await self._pacer.give_way(copied)
         while self.speed and trio.current_time() < self._not_before:
             with trio.move_on_at(self._not_before):
                 await self._retimed.wait()
         while self.state is State.PAUSED:
             await self._resumed.wait()
+        self._pacer.go()
 
     def _forget_old(self) -> None:
         oldest = trio.current_time() - RATE_WINDOW
-        while len(self._recent) > 1 and self._recent[1][0] < oldest:
+        while len(self._recent) > 2 and self._recent[1][0] < oldest:
             self._recent.popleft()

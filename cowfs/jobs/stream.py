@@ -15,8 +15,6 @@ from cowfs.errors import UsageError
 from cowfs.formats.chain import backing_name
 from cowfs.jobs.job import Job, OnError
 
-#: bytes copied between two looks at pause, speed and cancel
-STEP = 1 << 20
 #: bytes of the disk whose mapping is looked up at once, so that empty stretches cost nothing
 WINDOW = 256 << 20
 
@@ -70,11 +68,11 @@ class Stream(Job):
         ]
 
     async def _copy(self, start: int, stop: int, end: int) -> None:
-        step = max(STEP, self.disk.cluster_size)
-        for position in range(start, stop, step):
-            size = min(step, stop - position)
-            copied = await self.attempt(partial(self.disk.copy_up, position, size, end))
-            await self.advance(position + size, copied or 0)
+        while start < stop:
+            size = min(self.step(self.disk.cluster_size), stop - start)
+            copied = await self.attempt(partial(self.disk.copy_up, start, size, end))
+            start += size
+            await self.advance(start, copied or 0)
 
     async def _let_go(self, end: int, size: int) -> bool:
         """Take what is not needed any more out of the chain; False if the disk has grown beyond ``size`` meanwhile."""

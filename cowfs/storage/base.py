@@ -145,9 +145,10 @@ class Storage(ABC):
         for source, source_offset, offset, length in moves:
             for done in range(0, length, COPY_CHUNK):
                 buffer = bytearray(min(COPY_CHUNK, length - done))
-                if source is not None:
+                if source is not None and not source.read_now(source_offset + done, [memoryview(buffer)]):
                     await source.read(source_offset + done, [memoryview(buffer)])
-                await self.write(offset + done, [buffer])
+                if not self.write_now(offset + done, [buffer]):
+                    await self.write(offset + done, [buffer])
 
     async def read_bytes(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``, zeros past the end."""

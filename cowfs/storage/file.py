@@ -22,7 +22,7 @@ import trio
 
 from cowfs.errors import ReadOnly, StorageError
 from cowfs.storage import locks
-from cowfs.storage.base import COPY_CHUNK, Move, ReadBuffers, Region, Storage, WriteBuffers
+from cowfs.storage.base import Move, ReadBuffers, Region, Storage, WriteBuffers
 
 T = TypeVar("T")
 
@@ -35,6 +35,8 @@ IOV_MAX = 1024
 #: bytes written at once where a hole cannot be punched
 ZERO_CHUNK = 1 << 20
 _ZEROS = bytes(ZERO_CHUNK)
+#: bytes read and written at a time where the kernel cannot copy; they should stay in the processor's cache
+COPY_BUFFER = 256 << 10
 #: pieces copied before everything else gets its turn
 COPY_TURN = 8
 #: for copies that are made without suspending
@@ -46,6 +48,8 @@ _COMMON: WeakValueDictionary[tuple[object, ...], Common] = WeakValueDictionary()
 
 #: errnos by which a file system says that it has no RWF_NOWAIT reads; tmpfs is one: all it holds is memory
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS)
+#: errnos by which ``copy_file_range`` says that it does not do these two files
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM)
 
 
 def _advance(buffers: list[memoryview], done: int) -> list[memoryview]:
@@ -76,6 +80,10 @@ class FileStorage(Storage):
         self._reads_now = True
         self._nowait = os.RWF_NOWAIT
         self._flush_error: StorageError | None = None
+        # from which the kernel cannot copy into this one
+        self._uncopyable: set[tuple[object, ...]] = set()
+        # start and end of data that the last search for a hole has passed
+        self._dense = (0, 0)
 
     @classmethod
     def open(cls, path: str, *, writable: bool, locking: bool = True) -> "FileStorage":
@@ -202,7 +210,8 @@ class FileStorage(Storage):
     async def copy_in(self, moves: Sequence[Move]) -> None:
         """What the page cache holds is copied on the spot, a little at a time; the rest by a worker thread.
 
-        A thread for all of it would be slower: on small pieces the two threads get in each other's way.
+        A thread for all of it would be slower: on small pieces the two threads get in each other's way. Large ones
+        are copied in the kernel, which may have a way to share them.
         """
         cold: list[Move] = []
         for number, move in enumerate(moves, start=1):
@@ -217,7 +226,10 @@ class FileStorage(Storage):
                 await trio.to_thread.run_sync(self._copy, cold)
             except OSError as error:
                 raise StorageError.from_os(error, file=self.name, doing="cannot write") from error
-            self.length = max(self.length, *(move.offset + move.length for move in cold))
+            finally:
+                if not self._is_device:
+                    # of a copy that failed, a part may be there
+                    self.length = max(self.length, os.fstat(self._fd).st_size)
 
     def _copy_now(self, move: Move) -> bool:
         if move.length > len(_SCRATCH):
@@ -230,16 +242,37 @@ class FileStorage(Storage):
         return self.write_now(move.offset, [view])
 
     def _copy(self, moves: Sequence[Move]) -> None:
-        buffer = memoryview(bytearray(min(COPY_CHUNK, max(move.length for move in moves))))
         for source, source_offset, offset, length in moves:
             if not isinstance(source, FileStorage):
                 self._write_zeros(offset, length)
                 continue
-            for done in range(0, length, len(buffer)):
-                part = buffer[: length - done]
+            done = self._copy_in_kernel(source, source_offset, offset, length)
+            if done == length:
+                continue
+            buffer = memoryview(bytearray(min(COPY_BUFFER, length - done)))
+            for position in range(done, length, len(buffer)):
+                part = buffer[: length - position]
                 with _reported(source.name, "cannot read"):
-                    source._read_fully(source_offset + done, [part])
-                self._write_rest(offset + done, [part])
+                    source._read_fully(source_offset + position, [part])
+                self._write_rest(offset + position, [part])
+
+    def _copy_in_kernel(self, source: "FileStorage", source_offset: int, offset: int, length: int) -> int:
+        """Copy as far as the kernel can; bytes done. At the end of the source it stops, and who reads on gets zeros.
+
+        What kind of error it was that stopped it, reading and writing will tell.
+        """
+        done = 0
+        while done < length and source.identity not in self._uncopyable:
+            try:
+                step = os.copy_file_range(source._fd, self._fd, length - done, source_offset + done, offset + done)
+            except OSError as error:
+                if error.errno in _NO_KERNEL_COPY:
+                    self._uncopyable.add(source.identity)
+                break
+            if not step:
+                break
+            done += step
+        return done
 
     async def flush(self) -> None:
         """``fdatasync`` in a worker thread. A failure is remembered: the kernel reports it only once."""
@@ -259,6 +292,7 @@ class FileStorage(Storage):
             if length > self.length:
                 raise StorageError("the device is too small", errno=errno.ENOSPC, file=self.name)
             return
+        self._dense = (0, 0)
         await self._in_thread("cannot resize", os.ftruncate, self._fd, length)
         self.length = length
 
@@ -269,6 +303,7 @@ class FileStorage(Storage):
             return
         if self.read_only:
             raise ReadOnly("is open read-only", file=self.name)
+        self._dense = (0, 0)
         await self._in_thread("cannot punch a hole", self._punch, offset, length)
 
     def _punch(self, offset: int, length: int) -> None:
@@ -316,8 +351,12 @@ class FileStorage(Storage):
     # -- the rest
 
     async def regions(self, offset: int, length: int) -> list[Region]:
-        """``SEEK_DATA`` and ``SEEK_HOLE`` along the range, in a worker thread."""
-        if self._is_device:
+        """``SEEK_DATA`` and ``SEEK_HOLE`` along the range, in a worker thread.
+
+        The search for a hole does not stop at the range's end, and on tmpfs takes its time for every page. So what it
+        passes is remembered; if somebody punches a hole there later, that is merely read as the zeros it is.
+        """
+        if self._is_device or (self._dense[0] <= offset and offset + length <= self._dense[1]):
             return [Region(offset, length, hole=False)]
         return await self._in_thread("cannot read", self._regions, offset, offset + length)
 
@@ -333,7 +372,9 @@ class FileStorage(Storage):
             if data > start:
                 found.append(Region(start, data - start, hole=True))
             if data < end:
-                start = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+                hole = os.lseek(self._fd, data, os.SEEK_HOLE)
+                self._dense = data, hole
+                start = min(hole, end)
                 found.append(Region(data, start - data, hole=False))
             else:
                 start = end

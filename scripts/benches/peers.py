@@ -110,6 +110,12 @@ class QemuExport(Peer):
 
 def fio(flat: Path, *options: str) -> float:
     """Operations a second of one fio job, direct and asynchronous."""
+    job = fio_job(flat, *options)
+    return float(job["read"]["iops"] + job["write"]["iops"])
+
+
+def fio_job(flat: Path, *options: str) -> dict[str, Any]:
+    """All that fio has to say of such a job."""
     text = run(
         "fio",
         "--name=bench",
@@ -119,10 +125,10 @@ def fio(flat: Path, *options: str) -> float:
         "--output-format=json",
         *options,
     )
-    job = json.loads(text[text.index("{") :])["jobs"][0]
+    job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
     if job["error"]:
         sys.exit(f"bench: fio failed on {flat}: error {job['error']}")
-    return float(job["read"]["iops"] + job["write"]["iops"])
+    return job
 
 
 def check(image: Path, format: str) -> None:

@@ -14,7 +14,8 @@ from cowfs.block.disk import Disk
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
-from cowfs.block.partial import Below, PartialClusters, Source
+from cowfs.block.moves import Source
+from cowfs.block.partial import Below, PartialClusters
 from cowfs.block.quiescence import Readers
 from cowfs.errors import StorageError
 from cowfs.formats import qcow2, qed

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from jobmodel import World, fresh_bytes
+from steadysteps import steady_steps
 from stillness import StillLoop
 
 from cowfs.block.alignment import align_down
@@ -369,9 +370,10 @@ class JobsMachine(RuleBasedStateMachine):
 @contextmanager
 def small_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patches:
-        for module in (commit, stream):
-            for name, value in (("STEP", STEP), ("BATCH", BATCH), ("WINDOW", WINDOW)):
-                patches.setattr(module, name, value, raising=name != "BATCH")
+        for name, value in (("STEP", STEP), ("BATCH", BATCH), ("WINDOW", WINDOW)):
+            patches.setattr(commit, name, value)
+        patches.setattr(stream, "WINDOW", WINDOW)
+        steady_steps(patches, STEP)
         yield
 
 

@@ -13,6 +13,7 @@ import pytest
 import trio
 from crashing import DRIVERS, K, assert_sound
 from faults import FaultyStorage, Trouble
+from steadysteps import steady_steps
 from storages import MemoryStorage
 
 from cowfs.block.disk import Disk
@@ -22,7 +23,6 @@ from cowfs.block.stack import EVERYWHERE
 from cowfs.errors import CowfsError, StorageError
 from cowfs.formats.raw import RawImage
 from cowfs.jobs import commit as commit_job
-from cowfs.jobs import stream as stream_job
 from cowfs.jobs.commit import Commit, Pivot
 from cowfs.jobs.job import Job, State
 from cowfs.jobs.stream import Stream
@@ -179,7 +179,7 @@ class Scene:
 
 
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_job, "STEP", 128 * K)
+    steady_steps(monkeypatch, 128 * K)
     monkeypatch.setattr(commit_job, "STEP", 64 * K)
     monkeypatch.setattr(commit_job, "BATCH", 128 * K)
 

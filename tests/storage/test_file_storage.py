@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cowfs.errors import ReadOnly, StorageError
-from cowfs.storage.base import Region
+from cowfs.storage.base import Move, Region
 from cowfs.storage.file import FileStorage
 
 CONTENT = random.Random(1).randbytes(300_000)
@@ -200,3 +200,82 @@ def test_two_names_of_one_file_have_one_identity(tmp_path: Path) -> None:
     identities = {FileStorage.open(str(tmp_path / name), writable=False).identity for name in "abc"}
     assert len(identities) == 1
     assert FileStorage.open(str(tmp_path / "d"), writable=False).identity not in identities
+
+
+async def test_the_search_for_holes_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sparse"
+    path.write_bytes(b"x" * (1 << 20))
+    os.truncate(path, 3 << 20)
+    storage = FileStorage.open(str(path), writable=True)
+    sought: list[int] = []
+    lseek = os.lseek
+
+    def watch(fd: int, position: int, how: int) -> int:
+        sought.append(how)
+        return lseek(fd, position, how)
+
+    monkeypatch.setattr(os, "lseek", watch)
+    assert await storage.regions(0, 4096) == [Region(0, 4096, hole=False)]
+    assert sought == [os.SEEK_DATA, os.SEEK_HOLE]
+    assert await storage.regions(4096, (1 << 20) - 4096) == [Region(4096, (1 << 20) - 4096, hole=False)]
+    assert len(sought) == 2
+    assert [region.hole for region in await storage.regions(0, 2 << 20)] == [False, True]
+    await storage.punch(8192, 8192)
+    assert [region.hole for region in await storage.regions(8192, 16384)] == [True, False]
+    await storage.truncate(16384)
+    await storage.truncate(1 << 20)
+    assert [region.hole for region in await storage.regions(0, 1 << 20)] == [False, True]
+    await storage.close()
+
+
+@pytest.mark.parametrize("error", [None, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY])
+async def test_copies_are_the_same_whoever_makes_them(
+    storage: FileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int | None
+) -> None:
+    """Large and small ones, zeros, and what goes on after the end of the source."""
+    call, calls = os.copy_file_range, 0
+
+    def copy_file_range(source: int, target: int, count: int, *offsets: int) -> int:
+        nonlocal calls
+        calls += 1
+        if error is not None:
+            raise OSError(error, os.strerror(error))
+        return call(source, target, min(count, 70_000), *offsets)
+
+    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+    target = FileStorage.create(str(tmp_path / "target"))
+    await target.write(0, [b"old" * 500_000])
+    moves = [
+        Move(storage, 11, 1000, 280_000),
+        Move(storage, 5, 400_001, 17),
+        Move(None, 0, 500_000, 300_000),
+        Move(storage, 290_000, 900_000, 400_000),
+        Move(storage, 0, 1_600_000, 270_000),
+    ]
+    expected = bytearray(b"old" * 500_000).ljust(1_870_000, b"\0")
+    for source, source_offset, offset, length in moves:
+        content = bytes(length) if source is None else CONTENT[source_offset : source_offset + length]
+        expected[offset : offset + length] = content.ljust(length, b"\0")
+    await target.copy_in(moves)
+    assert target.length == len(expected)
+    assert await target.read_bytes(0, len(expected)) == expected
+    # of three that are large enough; it is not asked again where it cannot
+    assert calls == (10 if error is None else 3 if error == errno.ETXTBSY else 1)
+    await target.close()
+    await storage.close()
+
+
+async def test_a_source_that_cannot_be_read_is_named(
+    storage: FileStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*words: Any) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    target = FileStorage.create(str(tmp_path / "target"))
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(StorageError, match="cannot read") as caught:
+        await target.copy_in([Move(storage, 0, 0, 280_000)])
+    assert (caught.value.file, caught.value.errno) == (storage.name, errno.EIO)
+    await target.close()
+    await storage.close()
