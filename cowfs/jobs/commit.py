@@ -9,14 +9,14 @@ it since it was copied. So a crash at any moment leaves the disk's content as it
 again ends in the same result.
 """
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from enum import Enum
 from functools import partial
 
 import trio
 
-from cowfs.block.alignment import Area, align_down, align_up
+from cowfs.block.alignment import Area, align_down, align_up, joined
 from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
@@ -27,8 +27,8 @@ from cowfs.errors import CowfsError, UsageError
 from cowfs.formats.chain import backing_name
 from cowfs.jobs.job import Job, OnError, log
 
-#: bytes copied between two looks at pause, speed and cancel
-STEP = 1 << 20
+#: bytes copied at once, at the least, where each step is made durable with guests held off it
+FIRM_STEP = 1 << 20
 #: bytes copied before the base is flushed and the copies are dropped above
 BATCH = 64 << 20
 #: bytes; formats have disks of whole sectors only
@@ -93,7 +93,8 @@ class Commit(Job):
             self._check_size()
         self._pivot = pivot
         self._keep = keep
-        self._step = max(STEP, *(layer.cluster_size for layer in layers))
+        #: bytes; steps are whole ones of these
+        self._unit = max(layer.cluster_size for layer in layers)
 
     @property
     def layers(self) -> tuple[Layer, Layer]:
@@ -226,13 +227,13 @@ class Commit(Job):
         Nobody else writes to those layers, so once is enough.
         """
         disk = self.disk
-        begin = align_down(begin, self._step)
+        begin = align_down(begin, self._unit)
         await self._make_room(disk.layers[span.viewer].size)
         # if the active layer is to be drained after this, that is what tells how far the job is
         counts = self._keep or not self._is_active
         for start in range(begin, self.length, WINDOW):
             end = min(start + WINDOW, self.length)
-            for first, last in await self._held(span, start, end):
+            for first, last in self._steps(await self._held(span, start, end), self._unit):
                 copied = await self.attempt(partial(disk.copy_down, first, last - first, span))
                 await self.advance(last if counts else 0, copied or 0)
             await self.advance(end if counts else 0, 0)
@@ -244,13 +245,18 @@ class Commit(Job):
             await self.disk.grow_layer(self._depth, align_up(size, SECTOR))
 
     async def _held(self, span: Span, start: int, end: int) -> list[Area]:
-        """Steps of a range in which a span holds anything: [start, end), aligned to steps."""
-        areas: list[Area] = []
-        for extent in await self.disk.taken(span, start, end - start):
-            first = max(align_down(extent.offset, self._step), areas[-1][1] if areas else 0)
-            for position in range(first, min(align_up(extent.end, self._step), end), self._step):
-                areas.append((position, min(position + self._step, end)))
-        return areas
+        """Parts of a range in which a span holds anything: [start, end), whole units but for the end of the range."""
+        found = await self.disk.taken(span, start, end - start)
+        unit = self._unit
+        return joined([(align_down(each.offset, unit), min(align_up(each.end, unit), end)) for each in found])
+
+    def _steps(self, areas: Iterable[Area], unit: int) -> Iterator[Area]:
+        """Cut areas into steps, each as large as guests leave room for when its turn comes."""
+        for start, end in areas:
+            while start < end:
+                stop = min(end, start + self.step(unit))
+                yield start, stop
+                start = stop
 
     # -- emptying the active layer
 
@@ -313,7 +319,7 @@ class Commit(Job):
             if tracker is not None:
                 await self._copy_batches(areas, tracker)
             else:
-                for start, stop in areas:
+                for start, stop in self._steps(areas, align_up(FIRM_STEP, self._unit)):
                     copied = await self.attempt(partial(disk.push_down, start, stop - start))
                     await self.advance(stop, copied or 0)
             position = end
@@ -323,7 +329,7 @@ class Commit(Job):
     async def _copy_batches(self, areas: Iterable[Area], tracker: WriteTracker) -> None:
         batch: list[Area] = []
         size = 0
-        for start, end in areas:
+        for start, end in self._steps(areas, self._unit):
             if not batch:
                 tracker.restart()
             tracker.clear(start, end - start)
