@@ -159,6 +159,7 @@ class Commit(Job):
                 done = self.length
                 await self.attempt(self._base.flush)
                 self.require_no_errors()
+                await self.resumed()
                 relinked = await self._relink(first - 1, size)
 
     @asynccontextmanager

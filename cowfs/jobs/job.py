@@ -99,8 +99,7 @@ class Job(ABC):
         outcome = State.FAILED
         try:
             with self._scope:
-                while self.state is State.PAUSED:
-                    await self._resumed.wait()
+                await self.resumed()
                 await self.work()
                 self.offset = self.length
                 outcome = State.COMPLETED
@@ -230,8 +229,7 @@ class Job(ABC):
                     return None
             if self.state is State.RUNNING:
                 self.pause()
-            while self.state is State.PAUSED:
-                await self._resumed.wait()
+            await self.resumed()
 
     async def ready(self) -> None:
         """Be ready, and wait until told to complete."""
@@ -270,6 +268,10 @@ class Job(ABC):
         while self.speed and trio.current_time() < self._not_before:
             with trio.move_on_at(self._not_before):
                 await self._retimed.wait()
+        await self.resumed()
+
+    async def resumed(self) -> None:
+        """Wait while paused; called before a step that changes the chain, too."""
         while self.state is State.PAUSED:
             await self._resumed.wait()
         self._pacer.go()

@@ -55,6 +55,7 @@ class Stream(Job):
                 await self.advance(position, 0)
             await self.attempt(disk.flush)
             self.require_no_errors()
+            await self.resumed()
             if await self._let_go(end, position):
                 return
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from chains import GROWING, MIXED, PLAIN, PLANS, SHRINKING, SIZE, ChainFiles, M, Writer, completed, view
 from commandline import ok, qemu_img
 
@@ -235,6 +236,34 @@ async def test_a_disk_may_end_while_it_is_drained(tmp_path: Path) -> None:
         assert (job.state, job.error, disk.sink) == (State.CANCELLED, "", None)
         await disk.close()
     assert view(files.top, "qcow2")[4096:][:13] == b"written below"
+
+
+@pytest.mark.parametrize("verb", ["stream", "commit"])
+async def test_a_job_that_is_paused_changes_no_chain(
+    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ChainFiles(tmp_path, PLAIN[:3])
+    async with files.opened() as disk, trio.open_nursery() as nursery:
+        job = Stream(disk) if verb == "stream" else Commit(disk, top=layer(disk, 1))
+        # the last thing before the chain is changed
+        flushed = layer(disk, 2 if verb == "stream" else 0)
+        flush = flushed.flush
+
+        async def pause() -> None:
+            if job.offset == job.length and job.state is State.RUNNING:
+                monkeypatch.undo()
+                job.pause()
+            await flush()
+
+        monkeypatch.setattr(flushed, "flush", pause)
+        nursery.start_soon(job.run)
+        while job.state is not State.PAUSED:
+            await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (job.state, len(disk.layers)) == (State.PAUSED, 3)
+        job.resume()
+        await job.wait()
+        assert (job.state, len(disk.layers)) == (State.COMPLETED, 1 if verb == "stream" else 2)
 
 
 async def test_a_base_that_is_larger_is_left_so_and_no_pivot_makes_the_disk_larger(tmp_path: Path) -> None:
