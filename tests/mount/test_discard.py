@@ -4,15 +4,15 @@ import errno
 import mmap
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commandline import cowfs, ok, qemu_img
+from commandline import ok, qemu_img
 from fallocating import COLLAPSE_RANGE, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, allocated, data_ranges, fallocate
-from mounting import Mounted, Mounts, shell, wait_for
+from filesystems import file_system, loop_on
+from mounting import Mounts, shell, wait_for
 
 pytestmark = [pytest.mark.needs("root", "fuse", "qemu-img")]
 
@@ -71,15 +71,6 @@ def opened(flat: Path) -> Iterator[int]:
 
 def files_of(image: Path) -> list[Path]:
     return [path for path in (image, image.with_name("data")) if path.exists()]
-
-
-@contextmanager
-def loop_on(flat: Path) -> Iterator[str]:
-    device = ok(cowfs("attach", flat)).strip()
-    try:
-        yield device
-    finally:
-        wait_for("the loop device to let go", lambda: cowfs("detach", flat).returncode == 0)
 
 
 def test_holes_zeros_and_data(mount: Mounts, image: Path) -> None:
@@ -303,41 +294,6 @@ def test_blkdiscard(mount: Mounts, overlay: Path) -> None:
     assert not [r for r in data_ranges(flat) if r[0] < 24 * MIB and r[1] > 8 * MIB]
     mounted.umount()
     assert_holds(overlay, model)
-
-
-class FileSystem:
-    """An ext4 on a loop device on a flat file."""
-
-    def __init__(self, mounted: Mounted, name: str, device: str, root: Path) -> None:
-        self.mounted = mounted
-        self.name = name
-        self.device = device
-        self.root = root
-
-    def run(self, command: str) -> str:
-        result = shell(command.format(device=self.device, root=self.root))
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    def used(self) -> int:
-        """Bytes that are no free space: files and the file system's own."""
-        state = os.statvfs(self.root)
-        size = int(subprocess.run(["blockdev", "--getsize64", self.device], capture_output=True, check=True).stdout)
-        return size - state.f_bfree * state.f_frsize
-
-
-@contextmanager
-def file_system(mounted: Mounted, name: str, tmp_path: Path, options: str = "defaults") -> Iterator[FileSystem]:
-    root = tmp_path / "root"
-    root.mkdir()
-    with loop_on(mounted.flat(name)) as device:
-        made = FileSystem(mounted, name, device, root)
-        made.run("mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 {device}")
-        made.run(f"mount -o {options} {{device}} {{root}}")
-        try:
-            yield made
-        finally:
-            wait_for("the file system to let go", lambda: shell(f"umount {root}").returncode == 0)
 
 
 @pytest.mark.needs("losetup", "loop", "mkfs.ext4", "fstrim")

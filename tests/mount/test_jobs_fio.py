@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from chains import view
 from commandline import ok, qemu_img, qemu_io
-from mounting import Mounted, Mounts, wait_for
+from filesystems import file_system
+from mounting import Mounted, Mounts, shell, wait_for
 
 pytestmark = [pytest.mark.needs("root", "fuse", "qemu-img", "qemu-io")]
 
@@ -117,10 +118,11 @@ class Chain:
     def top(self) -> Path:
         return self.files[-1]
 
-    def serve(self, mounted: Mounted) -> None:
+    def serve(self, mounted: Mounted, *, has_rest: bool = True) -> None:
+        """Look at it in a mount; ``has_rest`` says that nobody writes to the last third."""
         self.mounted = mounted
         self.flat = mounted.flat(self.name)
-        self.rest = self._read_rest()
+        self.rest = self._read_rest() if has_rest else None
 
     def _read_rest(self) -> bytes:
         """Return what nobody writes to, past the kernel's cache."""
@@ -137,7 +139,7 @@ class Chain:
         """The chain is what it is to be, and what nobody writes to is what it was."""
         lines = self.mounted.control(self.name, "chain").read_text().splitlines()
         assert [line.split(" ", 3)[3] for line in reversed(lines)] == [str(path) for path in files]
-        assert self._read_rest() == self.rest
+        assert self.rest is None or self._read_rest() == self.rest
         self.files = files
 
     def ended(self, verb: str) -> None:
@@ -241,3 +243,72 @@ def test_fio_sees_no_job(mount: Mounts, tmp_path: Path) -> None:
     mounted.umount()
     for chain, content in zip(chains, contents, strict=True):
         chain.judge(content)
+
+
+class Files:
+    """Somebody who writes, reads and removes files, and knows what is in them."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.content: dict[str, bytes] = {}
+
+    def work(self, number: int) -> bool:
+        rnd = random.Random(number)
+        path = self._root / f"file{rnd.randrange(40)}"
+        if path.name in self.content and rnd.random() < 0.3:
+            path.unlink()
+            del self.content[path.name]
+            return True
+        data = rnd.randbytes(rnd.choice([10, 4096, 30_000, 400_000]))
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            if rnd.random() < 0.5:
+                os.fsync(file.fileno())
+        self.content[path.name] = data
+        name = rnd.choice(sorted(self.content))
+        with (self._root / name).open("rb") as file:
+            # from the disk again, if it is there already
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert file.read() == self.content[name], name
+        return True
+
+
+@pytest.mark.needs("losetup", "loop", "mkfs.ext4", "e2fsck", "debugfs")
+def test_ext4_sees_no_job(mount: Mounts, tmp_path: Path) -> None:
+    chain = Chain(tmp_path, "disk", ["raw", "qcow2", "qed"], ["", "", ""])
+    mounted = mount(f"disk={chain.top}")
+    chain.serve(mounted, has_rest=False)
+    with file_system(mounted, "disk", tmp_path, "discard") as ext4:
+        files = Files(ext4.root)
+        with at_work(files.work) as (writer,):
+
+            def written() -> None:
+                target = writer.rounds + 20
+                wait_for("files", lambda: writer.rounds > target or writer.is_over)
+
+            written()
+            chain.snapshot("qcow2")
+            written()
+            chain.commit(base=1, pivot="yes")
+            written()
+            chain.snapshot("qcow2")
+            written()
+            chain.snapshot("qed")
+            written()
+            chain.commit(top=2, base=1)
+            chain.cancel("commit")
+            written()
+            chain.stream(base=0)
+            chain.commit(pivot="yes")
+            written()
+    content = chain.flat.read_bytes()
+    mounted.umount()
+    chain.judge(content)
+    assert [path.name for path in chain.files] == ["disk0.raw"]
+    checked = shell(f"e2fsck -fn {chain.top}")
+    assert checked.returncode == 0, checked.stdout
+    (tmp_path / "found").mkdir()
+    assert shell(f"debugfs -R 'rdump / {tmp_path}/found' {chain.top}").returncode == 0
+    found = {path.name: path.read_bytes() for path in (tmp_path / "found").glob("file*")}
+    assert found == files.content
