@@ -19,8 +19,9 @@ from chains import ChainFiles, view
 from commandline import ok, qemu_img
 from stillness import StillLoop
 
+from cowfs.block.alignment import align_up
 from cowfs.block.disk import Disk
-from cowfs.errors import Stale
+from cowfs.errors import Busy, Stale, Unsupported
 from cowfs.formats.chain import open_chain
 from cowfs.fuse.control import MOUNT_FILES
 from cowfs.fuse.handles import LayerHandle
@@ -29,6 +30,9 @@ from cowfs.fuse.options import Settings
 from cowfs.fuse.tree import LayerFile
 from cowfs.jobs.job import Job, State
 from cowfs.jobs.journal import SUFFIX, read_journal
+
+#: the only thing for which a job may fail, or a disk not grow: version 2 of qcow2 has no zeros without data
+UNSUPPORTED = "this version of qcow2 cannot hide a longer backing file when it grows"
 
 #: a guest's write: offset, data
 Write = tuple[int, bytes]
@@ -66,8 +70,15 @@ class Running:
         """Layers that show no disk while a commit is under way; the topmost that it merges still shows what it did."""
         if self.verb == "stream":
             return []
-        end = self.top - 1 if self.is_active else self.top
-        return [self.levels[self.base], *self.levels[self.base + 1 : end]]
+        return self.levels[self.base + 1 : self.top - 1 if self.is_active else self.top]
+
+    @property
+    def parts(self) -> list[bytes]:
+        """What the base of a commit consists of, beside what guests write to a disk that is drained."""
+        levels = self.levels
+        merged = self.content if self.is_active else levels[self.top].view
+        # what is merged first of a chain whose active layer is to follow
+        return [levels[self.base].view, merged, *(level.view for level in levels[self.top - 1 : self.base : -1][:1])]
 
     @property
     def is_active(self) -> bool:
@@ -94,6 +105,12 @@ def require_explained(shown: bytes, candidates: Sequence[bytes], writes: Sequenc
         raise AssertionError(f"{what}: {int(wrong.sum())} bytes are wrong, from {first:#x} to {last:#x}")
 
 
+def _within(writes: Sequence[Write], offset: int, length: int) -> list[Write]:
+    """Writes as seen from a range."""
+    seen = [(max(start - offset, 0), data[max(offset - start, 0) :]) for start, data in writes]
+    return [(start, data) for start, data in seen if start < length]
+
+
 @dataclass
 class World:
     """The chain in a folder of its own, served by a mount without a kernel."""
@@ -109,6 +126,8 @@ class World:
     #: layers that streams have left behind, and those that commits have merged
     left: list[Level] = field(default_factory=list)
     merged: list[Path] = field(default_factory=list)
+    #: layers that lie on what commits have changed that did not complete, since the disk was opened
+    spoiled: set[Level] = field(default_factory=set)
     #: how many writes there were before the last thing that was done, and the disk then
     mark: int = 0
     before: bytes = b""
@@ -116,6 +135,7 @@ class World:
     def __post_init__(self) -> None:
         top = self.levels[-1]
         self._active = (str(top.path), "vm", top.format)
+        self._growing = trio.Lock()
 
     @classmethod
     def copied(cls, loop: StillLoop, files: ChainFiles, folder: Path, *, copy_on_read: bool) -> "World":
@@ -133,6 +153,7 @@ class World:
         settings = Settings(copy_on_read=self.copy_on_read, resume_jobs=resume)
         self._mount = Mount("/nowhere", settings, frozenset(MOUNT_FILES))
         await self._mount.add(Source(*self._active))
+        self.spoiled.clear()
         self._ended = trio.Event()
         await self.loop.nursery.start(self._serve)
 
@@ -231,8 +252,7 @@ class World:
         if not self.disk.readinto_now(offset, memoryview(buffer)):
             await self.disk.readinto(offset, memoryview(buffer))
         racing += self.written[seen:]
-        rel = [(max(start - offset, 0), data[max(offset - start, 0) :]) for start, data in racing]
-        require_explained(bytes(buffer), [before], [(start, data) for start, data in rel if start < length], "a read")
+        require_explained(bytes(buffer), [before], _within(racing, offset, length), "a read")
 
     async def verify(self) -> None:
         """All of the disk, at rest or not."""
@@ -255,6 +275,8 @@ class World:
         except Stale:
             # one may have begun meanwhile
             running = running or self.running
+            if level in self.spoiled:
+                return
             assert running is not None, "a layer is refused although no job has touched it"
             left = not any(kept.name == str(level.path) for kept in self.disk.layers)
             assert left or level in running.touched
@@ -262,6 +284,11 @@ class World:
         finally:
             handle.close()
         if racing or self.written[seen:]:
+            return
+        running = running or self.running
+        if running is not None and running.verb == "commit" and level is running.levels[running.base]:
+            parts = [part[offset : offset + length] for part in (expected, *running.parts)]
+            require_explained(data, parts, _within(self._drained(running), offset, length), "the base of a commit")
             return
         assert data == expected[offset : offset + length], f"layer {number} shows something else"
 
@@ -289,7 +316,12 @@ class World:
         """Put an overlay on top. What is frozen has each write that was under way, or has it not."""
         before, seen, racing = bytes(self.model), len(self.written), list(self.under_way)
         path = self.levels[-1].path.with_name(name)
-        await self.served.put_overlay(name, format)
+        try:
+            await self.served.put_overlay(name, format)
+        except Busy:
+            assert self.disk.size > len(before), "it is refused although the disk has not grown"
+            assert not path.exists()
+            return
         racing += self.written[seen:]
         frozen = bytes(await self.disk.read(0, len(before), 1))
         for offset, data in racing:
@@ -299,9 +331,17 @@ class World:
         self.levels[-1].view = frozen
         self.levels.append(Level(path, format, b""))
 
-    async def grow(self, size: int) -> None:
-        await self.served.resize(size)
-        self.model.extend(bytes(size - len(self.model)))
+    async def grow_by(self, length: int, largest: int) -> None:
+        """Grow to whole sectors more, one after the other."""
+        async with self._growing:
+            size = min(largest, align_up(len(self.model) + length, 512))
+            if size > len(self.model):
+                try:
+                    await self.served.resize(size)
+                except Unsupported as error:
+                    assert error.message == UNSUPPORTED
+                    return
+                self.model.extend(bytes(size - len(self.model)))
 
     # -- what jobs leave
 
@@ -320,7 +360,7 @@ class World:
         if running is None or running.job.state.is_active:
             return
         state = running.job.state
-        assert state is not State.FAILED, running.job.error
+        assert state is not State.FAILED or running.job.error == UNSUPPORTED, running.job.error
         names = [Path(layer.name) for layer in reversed(self.disk.layers)]
         ends = self._ends(running)
         full = [level.path for level in running.levels]
@@ -334,6 +374,7 @@ class World:
             self.left += gone
             return
         self.merged += [level.path for level in gone]
+        self.spoiled.update(level for level in running.touched if level in kept)
         await self._adopt(running, completed=state is State.COMPLETED)
 
     def _ends(self, running: Running) -> list[list[Level]]:
@@ -346,29 +387,32 @@ class World:
         relinked = [*levels[: base + 1], levels[-1]]
         return [relinked, levels[: base + 1]] if running.pivots else [relinked, relinked]
 
+    def _drained(self, running: Running) -> list[Write]:
+        """Writes that may have gone into the base of a commit."""
+        return self.written[running.writes :] if running.is_active else []
+
     async def _adopt(self, running: Running, *, completed: bool) -> None:
         """See what a commit has made of its base and of the layers on it that are still there."""
         disk, levels, is_active = self.disk, running.levels, running.is_active
         base, old = levels[running.base], levels[running.base].view
-        writes = self.written[running.writes :]
-        merged = running.content if is_active else levels[running.top].view
+        parts, writes = running.parts, self._drained(running)
         shown = {}
         for number, level in enumerate(reversed(self.levels)):
             if number or level is base:
                 shown[level.path] = bytes(await disk.read(0, disk.layers[number].size, number))
         found = shown[base.path]
         assert len(found) >= len(old)
-        candidates = [old, merged, *(level.view for level in levels[running.top - 1 : running.base : -1][:1])]
-        require_explained(found, candidates, writes if is_active else [], "the base")
+        require_explained(found, parts, writes, "the base")
         if completed and not is_active:
+            merged = levels[running.top].view
             assert found == merged + old[len(merged) :], "the base is not what was merged into it"
         if completed and is_active:
             # what guests wrote at the very end may be above
             ends = [content + old[len(content) :] for content in (bytes(self.model), self.before)]
             require_explained(found, ends, self.written[self.mark :], "the base that is done")
-        for level in running.touched[1:]:
+        for level in running.touched:
             if level in self.levels:
-                require_explained(shown[level.path], [level.view, *candidates], writes if is_active else [], "a layer")
+                require_explained(shown[level.path], [level.view, *parts], writes, "a layer")
                 level.view = shown[level.path]
         base.view = found
         for level in self.levels[self.levels.index(base) + 1 : -1]:

@@ -270,10 +270,11 @@ class Stack(Chain):
 
     async def grow_layer(self, depth: int, size: int) -> None:
         """Make any layer larger that is open for writing."""
-        layer = self.layers[depth]
-        if size < layer.size:
-            raise Unsupported("disks can only grow, not shrink", file=layer.name)
         async with self._all_held():
+            # only now: another one may have become the active layer
+            layer = self.layers[depth]
+            if size < layer.size:
+                raise Unsupported("disks can only grow, not shrink", file=layer.name)
             self.changed = True
             if self.sink is not None:
                 self.sink.strayed = True

@@ -305,3 +305,17 @@ async def _arrived_or_over(gate: Gate, job: Stream) -> None:
 
         nursery.start_soon(watch, gate.arrived.wait)
         nursery.start_soon(watch, job.wait)
+
+
+async def test_a_disk_that_is_to_grow_when_an_overlay_is_put_on_it_grows_there(format: str) -> None:
+    async with stack(format) as s:
+        storage = MemoryStorage("new")
+        await qcow2.create(storage, SIZE, Backing("top", format), {})
+        overlay = Layer(await qcow2.open_image(storage))
+        async with trio.open_nursery() as nursery, s.disk.lock.hold(0, 1):
+            nursery.start_soon(s.disk.push, overlay)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(s.disk.grow, 2 * SIZE)
+            await wait_all_tasks_blocked()
+        assert [layer.size for layer in s.disk.layers] == [2 * SIZE, SIZE, SIZE]
+        assert await s.disk.read(0, 2 * SIZE) == s.model + bytes(SIZE)

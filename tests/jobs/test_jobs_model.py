@@ -65,13 +65,18 @@ PLANS: dict[str, Plan] = {
 }
 EXAMPLES = int(os.environ.get("COWFS_EXAMPLES", "25"))
 
-PLACES = st.tuples(st.integers(0, LARGEST - 1), st.sampled_from([1, 512, 4096, 64 * K]))
+#: bytes; how far from where a job is its surroundings reach, since that is where something can go wrong
+NEAR = 256 * K
+#: offset, its grain, and whether it is meant as one near the job
+PLACES = st.tuples(st.integers(0, LARGEST - 1), st.sampled_from([1, 512, 4096, 64 * K]), st.booleans())
 LENGTHS = st.sampled_from([1, 512, 3000, 4096, 4608, 64 * K, 70_000, 200_000])
 #: what is done at once: each of it after letting others go first so many times
 BUSY = st.lists(
     st.tuples(
         st.sampled_from(
-            ["write"] * 4 + ["read"] * 2 + ["zero", "discard", "step", "flush", "look", "cancel", "pause", "resume"]
+            ["write"] * 4
+            + ["read"] * 2
+            + ["zero", "discard", "step", "flush", "look", "cancel", "pause", "resume", "grow"]
         ),
         st.integers(0, 12),
         PLACES,
@@ -81,8 +86,9 @@ BUSY = st.lists(
     max_size=8,
 )
 
-#: kind, others that go first, offset and its grain, length
-Thing = tuple[str, int, tuple[int, int], int]
+Place = tuple[int, int, bool]
+#: kind, others that go first, where, length
+Thing = tuple[str, int, Place, int]
 Templates = dict[str, ChainFiles]
 
 
@@ -175,9 +181,12 @@ class JobsMachine(RuleBasedStateMachine):
         self.loop.call(look)
         self.is_sound = True
 
-    def _offset(self, place: tuple[int, int]) -> int:
-        offset, grain = place
-        return align_down(offset % len(self.world.model), grain)
+    def _offset(self, place: Place) -> int:
+        offset, grain, is_near = place
+        size, running = len(self.world.model), self.world.running
+        if is_near and running is not None:
+            offset = max(0, min(size - 1, running.job.offset - NEAR + offset % (NEAR + NEAR // 2)))
+        return align_down(offset % size, grain)
 
     async def _refused(self, error: type[CowfsError], sentence: str, attempt: Callable[[], Any]) -> None:
         with pytest.raises(error, match=sentence):
@@ -185,20 +194,23 @@ class JobsMachine(RuleBasedStateMachine):
 
     # -- guests
 
-    @rule(place=PLACES, length=LENGTHS, zeros=st.booleans())
-    def write(self, place: tuple[int, int], length: int, zeros: bool) -> None:
+    @rule(place=PLACES, length=LENGTHS, zeros=st.booleans(), steps=st.integers(0, 2))
+    def write(self, place: Place, length: int, zeros: bool, steps: int) -> None:
+        """Write, when a job has made some steps."""
+        if steps:
+            self._do(self._steer, "step", steps)
         offset = self._offset(place)
         length = min(length, len(self.world.model) - offset)
         data = bytes(length) if zeros else fresh_bytes(len(self.world.written), length)
         self._do(self.world.write, offset, data)
 
     @rule(place=PLACES, length=LENGTHS, unmap=st.booleans())
-    def zero(self, place: tuple[int, int], length: int, unmap: bool) -> None:
+    def zero(self, place: Place, length: int, unmap: bool) -> None:
         offset = self._offset(place)
         self._do(self.world.zero, offset, min(length, len(self.world.model) - offset), unmap)
 
     @rule(place=PLACES, length=LENGTHS)
-    def read(self, place: tuple[int, int], length: int) -> None:
+    def read(self, place: Place, length: int) -> None:
         offset = self._offset(place)
         self._do(self.world.read, offset, min(length, len(self.world.model) - offset))
 
@@ -222,6 +234,8 @@ class JobsMachine(RuleBasedStateMachine):
 
     async def _at_once(self, things: list[Thing]) -> None:
         world = self.world
+        if self.loop is not None and world.running is not None:
+            self.loop.steps.grant(len(things) // 2)
         taken: list[tuple[int, int]] = []
         async with trio.open_nursery() as nursery:
             for number, (kind, delay, place, length) in enumerate(things):
@@ -242,6 +256,8 @@ class JobsMachine(RuleBasedStateMachine):
                     nursery.start_soon(self._later, delay, partial(world.look, place[0], offset, length))
                 elif kind == "flush":
                     nursery.start_soon(self._later, delay, world.disk.flush)
+                elif kind == "grow":
+                    nursery.start_soon(self._later, delay, partial(world.grow_by, length, LARGEST))
                 else:
                     nursery.start_soon(self._later, delay, partial(self._steer, kind, 1 + place[0] % 4))
 
@@ -352,9 +368,7 @@ class JobsMachine(RuleBasedStateMachine):
 
     @rule(sectors=st.integers(1, 600))
     def grow(self, sectors: int) -> None:
-        size = min(LARGEST, len(self.world.model) + sectors * 512)
-        if size > len(self.world.model):
-            self._do(self.world.grow, size)
+        self._do(self.world.grow_by, sectors * 512, LARGEST)
 
     @rule(on=st.booleans())
     def copy_on_read(self, on: bool) -> None:
