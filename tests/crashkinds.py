@@ -315,7 +315,7 @@ async def _record(kind: str, variant: str, seed: int) -> Scene:
     # also none: then guests are held off each part of the disk while it is copied, made durable and dropped
     gentle = (seed + len(variant)) % 3
     with (
-        patch.multiple(commit_job, STEP=STEP, BATCH=BATCH, GENTLE_PASSES=gentle),
+        patch.multiple(commit_job, FIRM_STEP=STEP, BATCH=BATCH, GENTLE_PASSES=gentle),
         pytest.MonkeyPatch.context() as patches,
     ):
         steady_steps(patches, STEP)

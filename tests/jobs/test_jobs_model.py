@@ -384,7 +384,7 @@ class JobsMachine(RuleBasedStateMachine):
 @contextmanager
 def small_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patches:
-        for name, value in (("STEP", STEP), ("BATCH", BATCH), ("WINDOW", WINDOW)):
+        for name, value in (("FIRM_STEP", STEP), ("BATCH", BATCH), ("WINDOW", WINDOW)):
             patches.setattr(commit, name, value)
         patches.setattr(stream, "WINDOW", WINDOW)
         steady_steps(patches, STEP)
