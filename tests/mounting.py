@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 from commandline import cowfs, ok
 
@@ -91,3 +91,33 @@ class Mounts:
         for mounted in self._made:
             wait_for_end(mounted.process)
             os.close(mounted.process)
+
+
+class Namespace:
+    """A mount namespace of its own, for what a test must not do to this machine; everything in it goes with it.
+
+    ``prepare`` is what a shell does in it first, in ``directory``. Commands run there behind ``prefix``.
+    """
+
+    def __init__(self, directory: Path, prepare: str) -> None:
+        self._holder = subprocess.Popen(
+            ["unshare", "--mount", "--propagation=private", "sh", "-c", f"set -e\n{prepare}\necho ready\nread -r end"],
+            cwd=directory,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.prefix = ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt"]
+        self._directory = directory
+
+    def __enter__(self) -> Self:
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"ready\n"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # servers of mounts that a test left behind hold the namespace, and end with their mounts
+        mounts = Path(f"/proc/{self._holder.pid}/mountinfo").read_text().splitlines()
+        for point in (line.split(" ")[4] for line in reversed(mounts) if " fuse.cowfs " in line):
+            if Path(point).is_relative_to(self._directory):
+                subprocess.run([*self.prefix, "umount", "-l", point], capture_output=True, check=False)
+        self._holder.communicate(b"end\n")

@@ -44,7 +44,7 @@ def command(words: tuple[str, ...], options: tuple[str, ...], foreground: bool) 
       cowfs mount -o ro,no-copy-on-read backup.qcow2 /mnt/disks
 
     \b
-    In /etc/fstab:
+    In /etc/fstab, with this program in /usr/local/bin:
       /images/vm1.qcow2  /mnt/disks  fuse.cowfs  allow_other,mode=660  0 0
     """
     *images, directory = words

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commandline import Result, cowfs, ok, qemu_img, refusal
-from mounting import PATIENCE, wait_for_end
+from mounting import PATIENCE, Namespace, wait_for_end
 
 pytestmark = pytest.mark.needs("root", "fuse", "fusermount3", "setpriv", "nsenter", "unshare", "qemu-img")
 
@@ -16,25 +16,22 @@ USER, OTHER = 65534, 65533
 
 #: /dev/fuse as every distribution has it, and a fuse.conf of our own, without this machine having them
 _PREPARE = """
-set -e
 mkdir device && mount -t tmpfs none device
 mknod -m 666 device/fuse c 10 229 && mount --bind device/fuse /dev/fuse
 touch fuse.conf
 [ -e /etc/fuse.conf ] || touch /etc/fuse.conf
 mount --bind fuse.conf /etc/fuse.conf
-echo ready
-read -r end
 """
 
 
 class User:
     """Somebody who is not root, in a mount namespace, and the directory that belongs to them."""
 
-    def __init__(self, directory: Path, uid: int, namespace: int) -> None:
+    def __init__(self, directory: Path, uid: int, namespace: Namespace) -> None:
         self.home = directory
         self._namespace = namespace
-        self.enter = ["nsenter", f"--mount=/proc/{namespace}/ns/mnt", f"--wdns={directory}"]
-        self.prefix = [*self.enter, "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        self.prefix = [*namespace.prefix, f"--wdns={directory}", *drop]
 
     def cowfs(self, *words: str | Path) -> Result:
         return cowfs(*words, prefix=self.prefix)
@@ -58,27 +55,15 @@ def user(tmp_path: Path) -> Iterator[User]:
     for path in (tmp_path, *tmp_path.parents):
         if path.owner() == tmp_path.owner() and not path.stat().st_mode & 0o1:
             path.chmod(path.stat().st_mode | 0o711)
-    holder = subprocess.Popen(
-        ["unshare", "--mount", "--propagation=private", "sh", "-c", _PREPARE],
-        cwd=tmp_path,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"ready\n"
+    with Namespace(tmp_path, _PREPARE) as namespace:
         home = tmp_path / "home"
         (home / "disks").mkdir(parents=True)
         (home / "base.raw").write_bytes(os.urandom(8 * MIB))
         for path in (home, home / "disks", home / "base.raw"):
             os.chown(path, USER, USER)
-        made = User(home, USER, holder.pid)
+        made = User(home, USER, namespace)
         ok(made.cowfs("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "vm.qcow2"))
-        try:
-            yield made
-        finally:
-            subprocess.run([*made.enter, "umount", "-l", home / "disks"], capture_output=True, check=False)
-            holder.communicate(b"end\n")
+        yield made
 
 
 def test_a_user_mounts_works_and_unmounts(user: User) -> None:
