@@ -25,14 +25,17 @@ class Populator:
 
     def __init__(self, unit: int, copy_up: Callable[[int, int], Awaitable[int]], on_error: Callable[[], None]) -> None:
         self._on_error = on_error
-        self._unit = max(unit, 4096)
+        #: bytes of a cluster
+        self.unit = max(unit, 4096)
         self._copy_up = copy_up
-        self._bound = max(1, QUEUE_BYTES // self._unit)
+        self._bound = max(1, QUEUE_BYTES // self.unit)
         self._waiting: OrderedDict[int, None] = OrderedDict()
         self._arrived = trio.Event()
         self._progress = trio.Event()
         self._busy = False
         self._failing = False
+        #: told of the clusters, from and to, that are offered, while somebody wants to know
+        self.note: Callable[[int, int], None] | None = None
 
     @property
     def has_room(self) -> bool:
@@ -41,8 +44,10 @@ class Populator:
 
     def offer(self, offset: int, length: int) -> None:
         """Queue the clusters of a range."""
-        start, end, _, _ = split(offset, length, self._unit)
-        for number in range(start // self._unit, end // self._unit):
+        start, end, _, _ = split(offset, length, self.unit)
+        if self.note is not None:
+            self.note(start, end)
+        for number in range(start // self.unit, end // self.unit):
             self._waiting[number] = None
         self._arrived.set()
 
@@ -78,10 +83,10 @@ class Populator:
         """Take the oldest cluster, with the neighbours behind it that wait too."""
         first, _ = self._waiting.popitem(last=False)
         end = first + 1
-        while end in self._waiting and (end - first) * self._unit < STEP_BYTES:
+        while end in self._waiting and (end - first) * self.unit < STEP_BYTES:
             del self._waiting[end]
             end += 1
-        return first * self._unit, (end - first) * self._unit
+        return first * self.unit, (end - first) * self.unit
 
     async def _copy(self, offset: int, length: int) -> None:
         try:

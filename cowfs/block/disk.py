@@ -8,7 +8,7 @@ cache, or declines; the awaitable form does whatever is needed. All offsets and 
 Lock order: range lock, then the flush lock of a layer's metadata cache. No lock is held by readers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import trio
@@ -278,6 +278,21 @@ class Disk(Discarding):
         )
         top.partial = partial = PartialClusters(top.image, below, self.readers)
         self._nursery.start_soon(complete_clusters, partial, self._flush_interval)
+
+    def require_recordable(self) -> None:
+        """Raise `UsageError` unless what reads fetch from below passes by where it can be recorded."""
+        if self._populator is None or not self.copy_on_read:
+            raise UsageError("only copy-on-read sees what is fetched from below, and it is off")
+
+    @property
+    def recorded_unit(self) -> int:
+        """Bytes of a cluster as `record` tells of them."""
+        return self._populator.unit if self._populator is not None else self.unit
+
+    def record(self, note: Callable[[int, int], None] | None) -> None:
+        """Tell ``note`` of the clusters, from and to, that reads fetch from below from now on; None ends that."""
+        if self._populator is not None:
+            self._populator.note = note
 
     def _count_copy_on_read_error(self) -> None:
         self.stats.copy_on_read_errors += 1

@@ -1,6 +1,9 @@
 """``cowfs stream``: copy what the backing files hold into the active image."""
 
+from pathlib import Path
+
 import click
+import trio
 
 from cowfs.block.disk import Disk
 from cowfs.cli.jobs import offline_policy, on_error_option, run_offline
@@ -10,6 +13,7 @@ from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
 from cowfs.formats.chain import find_layer
 from cowfs.jobs.stream import Stream
+from cowfs.jobs.trace import load_trace
 
 
 @click.command()
@@ -17,11 +21,21 @@ from cowfs.jobs.stream import Stream
 @click.option("-b", "--base", metavar="BASE", help="Leave this backing file, and what is below it, where they are.")
 @click.option("--speed", metavar="SIZE", default="0", help="Bytes a second that are copied at most; 0 is no limit.")
 @click.option("--no-wait", is_flag=True, help="Return at once; the job goes on in the mount.")
+@click.option(
+    "--trace", metavar="TRACE", help="A file that 'trace' in the control directory has recorded: its parts first."
+)
 @on_error_option
 @quiet_option
 @click.argument("file", metavar="MOUNT/NAME|FILE")
 def command(
-    file: str, format: str | None, base: str | None, speed: str, no_wait: bool, on_error: str, quiet: bool
+    file: str,
+    format: str | None,
+    base: str | None,
+    speed: str,
+    no_wait: bool,
+    trace: str | None,
+    on_error: str,
+    quiet: bool,
 ) -> int | None:
     """Copy everything that an image takes from its backing files into the image itself, then let go of them.
 
@@ -33,6 +47,8 @@ def command(
     file, which nothing else may use meanwhile, it is done here; a run that was broken off is taken up by the
     next.
 
+    With --trace, what a machine read first when the trace was recorded is copied first.
+
     \b
     Examples:
       cowfs stream /mnt/disks/vm1
@@ -41,15 +57,17 @@ def command(
       cowfs stream overlay.qcow2
     """
     limit = parse_size_for(file, speed) or 0
+    trace = None if trace is None else str(Path(trace).absolute())
     live = find_live(file)
     if live is None:
         if no_wait:
             raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
         policy = offline_policy(file, on_error)
+        first = None if trace is None else trio.run(load_trace, trace)
 
         def make(disk: Disk) -> Stream:
             kept = None if base is None else disk.layers[find_layer(disk.layers, base)]
-            return Stream(disk, base=kept, speed=limit, on_error=policy)
+            return Stream(disk, base=kept, trace=first, speed=limit, on_error=policy)
 
         return run_offline(file, format, make, quiet=quiet)
     if format is not None:
@@ -57,4 +75,8 @@ def command(
     keys = [f"speed={limit}", f"on-error={on_error}"]
     if base is not None:
         keys.append(f"base={layer_number(live, base)}")
+    if trace is not None:
+        if trace.split() != [trace]:
+            raise UsageError("has spaces in its name, which a job cannot be told of", file=trace)
+        keys.append(f"trace={trace}")
     return run_live(live, "stream", keys, wait=not no_wait, quiet=quiet)

@@ -21,17 +21,10 @@ async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> N
     opening it raises too; then the disk is as it was, and the file is gone.
     """
     active = disk.layers[0]
-    if is_remote(file):
-        raise Unsupported("cannot be made: a server makes no exports for others", file=file)
-    if is_remote(active.name) and not file.startswith("/"):
-        raise UsageError(f"lies beside no file, as {active.name} is none; write the whole path", file=file)
-    path = os.path.join(os.path.dirname(active.name), file)  # noqa: PTH118, PTH120
+    path = path_beside(active, file)
     if not format_named(format).has_backing:
         raise UsageError(f"{format} images cannot have a backing file", file=path)
-    if await trio.to_thread.run_sync(os.path.lexists, path):
-        raise UsageError("exists already", file=path)
-    if opening.vet is not None:
-        await opening.vet(path)
+    await require_new(path, opening)
     active.require_writable()
     backing = Backing(backing_name(active.name, path), active.format)
     # what the layers below are is known; nobody could open the active one now
@@ -47,3 +40,23 @@ async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> N
     except BaseException:
         remove_image(path, {})
         raise
+
+
+def path_beside(active: Layer, file: str) -> str:
+    """Return the path of a file that is to be made; relative ones lie beside the active layer.
+
+    Raises `Unsupported`, or `UsageError`.
+    """
+    if is_remote(file):
+        raise Unsupported("cannot be made: a server makes no exports for others", file=file)
+    if is_remote(active.name) and not file.startswith("/"):
+        raise UsageError(f"lies beside no file, as {active.name} is none; write the whole path", file=file)
+    return os.path.join(os.path.dirname(active.name), file)  # noqa: PTH118, PTH120
+
+
+async def require_new(path: str, opening: Opening) -> None:
+    """Raise `UsageError` if a file exists, or what ``opening`` has against it."""
+    if await trio.to_thread.run_sync(os.path.lexists, path):
+        raise UsageError("exists already", file=path)
+    if opening.vet is not None:
+        await opening.vet(path)

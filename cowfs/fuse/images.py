@@ -14,11 +14,12 @@ from cowfs.block.detectzeroes import ZeroDetector, detecting
 from cowfs.block.disk import Disk
 from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
 from cowfs.formats.chain import Opening, open_disk, remember_base
-from cowfs.formats.overlay import put_overlay
+from cowfs.formats.overlay import path_beside, put_overlay, require_new
 from cowfs.fuse.descriptors import require_room, too_many
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
+from cowfs.jobs.trace import Tracer
 from cowfs.storage import is_remote, parse_address
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Served:
         self._opening = opening
         self._resume_jobs = resume_jobs
         self.jobs: JobControl
+        self.tracer = Tracer(disk)
         #: why the last command, read or write that failed did so
         self.error = ""
         #: anything that the control files show, but for counters and progress
@@ -157,6 +159,18 @@ class Served:
             await self.jobs.drop_journal(active)
         self.changes.happened()
 
+    async def record(self, file: str) -> None:
+        """Record what reads fetch from below into a new file; see `Tracer.start`."""
+        path = path_beside(self.disk.layers[0], file)
+        await require_new(path, self._opening)
+        await self.tracer.start(path)
+        self.changes.happened()
+
+    async def stop_recording(self) -> None:
+        """End that; see `Tracer.stop`."""
+        await self.tracer.stop()
+        self.changes.happened()
+
     async def run(
         self, neighbours: Callable[[], list[Neighbour]], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -170,6 +184,7 @@ class Served:
                     with self._scope:
                         async with trio.open_nursery() as nursery:
                             self.jobs = JobControl(self.disk, nursery, neighbours)
+                            self.jobs.vet = self._opening.vet
                             self.jobs.on_change = self._settle_copy_on_read
                             self._running = True
                             await self._take_up_job()
@@ -203,6 +218,7 @@ class Served:
 
     async def stop(self) -> None:
         """End the jobs, wait for what is in the background, flush and close."""
+        await self.tracer.close()
         if self._running:
             self._scope.cancel()
             await self._ended.wait()

@@ -11,7 +11,7 @@ import trio
 from cowfs.block.disk import Disk
 from cowfs.block.layer import Layer
 from cowfs.errors import Busy, CowfsError, NotFound, UsageError
-from cowfs.formats.chain import PLAIN, Opening
+from cowfs.formats.chain import PLAIN, Opening, Vet
 from cowfs.formats.merged import mark_merged
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.commit import Commit, Pivot
@@ -19,6 +19,7 @@ from cowfs.jobs.job import Job, OnError, State
 from cowfs.jobs.journal import Entry, Recorded, find_journal, journal_of, layer_name, remove_journal
 from cowfs.jobs.plan import Plan, arguments_of, plan_of
 from cowfs.jobs.stream import Stream
+from cowfs.jobs.trace import load_trace
 from cowfs.units import parse_size
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,10 @@ def _read_layer(key: str, text: str, layers: Sequence[Layer]) -> Layer:
     return layers[len(layers) - 1 - int(text)]
 
 
+def _read_text(key: str, text: str, layers: Sequence[Layer]) -> object:
+    return text
+
+
 def _word_key(argument: str, values: type[OnError] | type[Pivot]) -> Key:
     """Return a key that takes one of a few words."""
     words = [value.value for value in values]
@@ -80,7 +85,9 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "stream": Kind(Stream, {"base": Key("base", ("N",), _read_layer), **_COMMON}),
+    "stream": Kind(
+        Stream, {"base": Key("base", ("N",), _read_layer), "trace": Key("trace", ("FILE",), _read_text), **_COMMON}
+    ),
     "commit": Kind(
         Commit,
         {
@@ -114,6 +121,8 @@ class JobControl:
         self._neighbours = neighbours
         self.jobs: dict[str, Job] = {}
         self._kept_out: str | None = None
+        #: looks at names of files that commands have in them
+        self.vet: Vet | None = None
         # of the last job; its plan; what keeps the journals of successive jobs apart
         self._recorded: Recorded | None = None
         self._plan: Plan | None = None
@@ -159,7 +168,10 @@ class JobControl:
         words = text.split()
         name = words[0].partition("=")[0] if words else ""
         if name == "start" and words[0] == name:
-            await self._begin(verb, parse_keys(verb, words[1:], self._disk.layers))
+            arguments = parse_keys(verb, words[1:], self._disk.layers)
+            if "trace" in arguments:
+                arguments["trace"] = await load_trace(arguments["trace"], self.vet)
+            await self._begin(verb, arguments)
         elif len(words) != 1 or name not in COMMANDS or (name == "speed") != ("=" in words[0]):
             raise UsageError(f"'{text}' is no command; {verb} takes start, pause, resume, cancel, complete, speed=N")
         else:
@@ -238,7 +250,13 @@ class JobControl:
         elif not entry.fits(names):
             await trio.to_thread.run_sync(remove_journal, path)
             raise CowfsError(f"the chain is not the one any more on which a {entry.verb} job was running", file=path)
-        await self._begin(entry.verb, arguments_of(entry, dict(zip(names, self._disk.layers, strict=True))), entry)
+        arguments = arguments_of(entry, dict(zip(names, self._disk.layers, strict=True)))
+        if entry.trace is not None:
+            try:
+                arguments["trace"] = await load_trace(entry.trace, opening.vet)
+            except CowfsError as error:
+                log.warning("the stream job goes on in the disk's own order: %s", error)
+        await self._begin(entry.verb, arguments, entry)
         log.info("%s: the %s job goes on", path, entry.verb)
 
     async def drop_journal(self, layer: Layer) -> None:

@@ -50,9 +50,9 @@ class Merged(NamedTuple):
 class Entry:
     """What a job is to do. ``speed`` in bytes a second; all names absolute.
 
-    ``file`` is the active layer. A stream has only a ``base``, or none for all of the chain. A commit goes from ``top``
-    into ``base``, and makes the ``merged`` layers worth nothing, from the top down. ``above`` is the layer above the
-    top, unless that is the active one.
+    ``file`` is the active layer. A stream has only a ``base``, or none for all of the chain, and perhaps a
+    ``trace`` that it follows. A commit goes from ``top`` into ``base``, and makes the ``merged`` layers worth
+    nothing, from the top down. ``above`` is the layer above the top, unless that is the active one.
     """
 
     verb: str
@@ -65,12 +65,13 @@ class Entry:
     pivot: str | None = None
     above: str | None = None
     merged: tuple[Merged, ...] = ()
+    trace: str | None = None
 
     def render(self) -> bytes:
         """Return the file's content."""
         lines = [f"cowfs-job: {_VERSION}", f"verb: {self.verb}", f"file: {_quoted(self.file)}"]
         lines += [f"speed: {self.speed}", f"on-error: {self.on_error}", f"paused: {'yes' if self.paused else 'no'}"]
-        for key, name in (("base", self.base), ("top", self.top), ("above", self.above)):
+        for key, name in (("base", self.base), ("top", self.top), ("above", self.above), ("trace", self.trace)):
             if name is not None:
                 lines.append(f"{key}: {_quoted(name)}")
         if self.pivot is not None:
@@ -99,7 +100,7 @@ class Entry:
                 paused=facts["paused"] == "yes",
                 pivot=facts.get("pivot"),
                 merged=tuple(Merged(_unquoted(format), _unquoted(name)) for format, name in merged),
-                **{key: _unquoted(facts[key]) for key in ("base", "top", "above") if key in facts},
+                **{key: _unquoted(facts[key]) for key in ("base", "top", "above", "trace") if key in facts},
             )
         except (KeyError, ValueError):
             raise CowfsError("makes no sense") from None
@@ -112,7 +113,7 @@ class Entry:
             return False
         if self.verb == "commit":
             has_all = None not in (self.top, self.base) and self.pivot in _PIVOTS
-            return has_all and (self.above is None) == (self.top == self.file)
+            return has_all and self.trace is None and (self.above is None) == (self.top == self.file)
         return (self.top, self.pivot, self.above, self.merged) == (None, None, None, ())
 
     def has_layers_of(self, other: "Entry") -> bool:
@@ -235,7 +236,7 @@ def write_journal(path: str, entry: Entry) -> None:
             raise CowfsError("is no regular file, which could have a journal beside it", file=entry.file)
         _unlink(new)
         try:
-            _write_new(new, data)
+            write_new(new, data)
             os.replace(new, path)  # noqa: PTH105
         except BaseException:
             _unlink(new)
@@ -243,7 +244,8 @@ def write_journal(path: str, entry: Entry) -> None:
     sync_directory(path)
 
 
-def _write_new(path: str, data: bytes) -> None:
+def write_new(path: str, data: bytes) -> None:
+    """Make a file that nobody else can read, durably but for its name. Raises `OSError`."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:
         if os.fstat(fd).st_uid != os.geteuid():

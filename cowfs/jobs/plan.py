@@ -46,6 +46,7 @@ class Plan:
             base=_name(self.base),
             top=_name(self.top),
             above=_name(self.above),
+            trace=self.arguments["trace"].path if "trace" in self.arguments else None,
         )
 
 

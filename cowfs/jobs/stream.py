@@ -14,6 +14,7 @@ from cowfs.block.layer import Layer
 from cowfs.errors import UsageError
 from cowfs.formats.chain import backing_name
 from cowfs.jobs.job import Job, OnError
+from cowfs.jobs.trace import TraceFile
 
 #: bytes of the disk whose mapping is looked up at once, so that empty stretches cost nothing
 WINDOW = 256 << 20
@@ -25,12 +26,19 @@ class Stream(Job):
     verb = "stream"
 
     def __init__(
-        self, disk: Disk, *, base: Layer | None = None, speed: int = 0, on_error: OnError = OnError.REPORT
+        self,
+        disk: Disk,
+        *,
+        base: Layer | None = None,
+        trace: TraceFile | None = None,
+        speed: int = 0,
+        on_error: OnError = OnError.REPORT,
     ) -> None:
         super().__init__(disk, speed=speed, on_error=on_error)
         if base is disk.layers[0]:
             raise UsageError("the base of a stream lies below the active layer", file=base.name)
         self._base = base
+        self._first = [] if trace is None else trace.trace.ranges
 
     @property
     def base(self) -> Layer | None:
@@ -38,12 +46,17 @@ class Stream(Job):
         return self._base
 
     async def work(self) -> None:
-        """Walk the disk once. What guests write or read meanwhile only makes the work less."""
+        """Follow the trace if there is one, and walk the disk. What guests do meanwhile only makes the work less."""
         disk = self.disk
         end = len(disk.layers) if self._base is None else disk.layers.index(self._base)
         if end == 1:
             return
         disk.layers[0].require_writable()
+        for offset, length in self._first:
+            stop = min(offset + length, disk.size)
+            if offset < stop:
+                for first, last in await self.attempt(partial(self._below, offset, stop, end)) or ():
+                    await self._copy(first, last, end, 0)
         position = 0
         while True:
             while position < disk.size:
@@ -68,12 +81,13 @@ class Stream(Job):
             if 0 < piece.depth < end and piece.extent.kind not in empty
         ]
 
-    async def _copy(self, start: int, stop: int, end: int) -> None:
+    async def _copy(self, start: int, stop: int, end: int, reached: int | None = None) -> None:
+        """Copy a range; ``reached`` is how far into the disk the job is then, if not to the end of what was copied."""
         while start < stop:
             size = min(self.step(self.disk.cluster_size), stop - start)
             copied = await self.attempt(partial(self.disk.copy_up, start, size, end))
             start += size
-            await self.advance(start, copied or 0)
+            await self.advance(start if reached is None else reached, copied or 0)
 
     async def _let_go(self, end: int, size: int) -> bool:
         """Take what is not needed any more out of the chain; False if the disk has grown beyond ``size`` meanwhile."""

@@ -51,8 +51,8 @@ def test_keys_become_arguments(verb: str, text: str, arguments: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("verb", "text", "kind", "sentence"),
     [
-        ("stream", "base", UsageError, "stream has no key 'base'; it takes base, on-error, speed"),
-        ("stream", "top=1", UsageError, "stream has no key 'top'; it takes base, on-error, speed"),
+        ("stream", "base", UsageError, "stream has no key 'base'; it takes base, on-error, speed, trace"),
+        ("stream", "top=1", UsageError, "stream has no key 'top'; it takes base, on-error, speed, trace"),
         ("commit", "depth=1", UsageError, "commit has no key 'depth'; it takes base, on-error, pivot, speed, top"),
         ("stream", "base=", UsageError, "base=: '' is not the number of a layer"),
         ("stream", "base=1.0", UsageError, "base=1.0: '1.0' is not the number of a layer"),

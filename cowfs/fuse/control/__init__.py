@@ -15,6 +15,7 @@ from cowfs.fuse.control import (
     status,
     status_json,
     stream,
+    trace,
     version,
 )
 from cowfs.fuse.control.file import ControlFile
@@ -40,6 +41,7 @@ IMAGE_FILES: dict[str, ControlFile[Served]] = {
         stream.FILE,
         commit.FILE,
         snapshot.FILE,
+        trace.FILE,
         error.FILE,
     )
 }
