@@ -333,7 +333,7 @@ async def test_every_operation_fails(
     work: str, format: str, cold: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     steady_steps(monkeypatch, 256 * K)
-    monkeypatch.setattr(commit_job, "STEP", 16 * K)
+    monkeypatch.setattr(commit_job, "FIRM_STEP", 16 * K)
     monkeypatch.setattr(commit_job, "BATCH", 32 * K)
     struck = 0
     for nth in range(1000):

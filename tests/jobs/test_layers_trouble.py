@@ -180,7 +180,7 @@ class Scene:
 
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     steady_steps(monkeypatch, 128 * K)
-    monkeypatch.setattr(commit_job, "STEP", 64 * K)
+    monkeypatch.setattr(commit_job, "FIRM_STEP", 64 * K)
     monkeypatch.setattr(commit_job, "BATCH", 128 * K)
 
 
