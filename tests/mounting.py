@@ -4,7 +4,7 @@ import json
 import os
 import select
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self
@@ -77,10 +77,10 @@ class Mounts:
         self._points.append(point)
         return point
 
-    def __call__(self, *words: str | Path, point: Path | None = None) -> Mounted:
-        """``cowfs mount WORDS… POINT``."""
+    def __call__(self, *words: str | Path, point: Path | None = None, prefix: Sequence[str] = ()) -> Mounted:
+        """``cowfs mount WORDS… POINT``, behind ``prefix``."""
         point = point or self.new_point()
-        assert ok(cowfs("mount", *words, point)) == ""
+        assert ok(cowfs("mount", *words, point, prefix=prefix)) == ""
         self._made.append(Mounted(point))
         return self._made[-1]
 
