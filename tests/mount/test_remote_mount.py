@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commandline import cowfs, ok, qemu_img, refusal
-from httpservers import Web, drop, web_server
+from httpservers import Web, drop, saying, web_server
 from mounting import Mounts
 
 pytestmark = pytest.mark.needs("fuse", "qemu-img")
@@ -169,6 +169,30 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None
         assert result.stderr.startswith(f"cowfs: {url}: ")
         assert result.stderr.endswith(f"needs '{module}', which is not installed: pip install cowfs[remote]\n")
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.needs("openssl")
+def test_over_tls_only_with_a_certificate_that_is_accepted(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = tmp_path / "certificate.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(certificate), "-out", str(tmp_path / "public")]
+    subprocess.run(words, check=True, capture_output=True)
+    with certificate.open("ab") as file:
+        file.write((tmp_path / "public").read_bytes())
+    with web_server(certificate=certificate) as web:
+        url = web.put("base.raw", base.read_bytes())
+        assert "has a certificate that is not accepted" in refusal(cowfs("info", url))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        ok(cowfs("compare", "-f", "raw", "-F", "raw", url, base))
+        plain = Web()
+        try:
+            to_plain = plain.put("base.raw", base.read_bytes())
+            web.fault = saying(lambda handler: handler.say(302, b"", {"Location": to_plain}))
+            assert "leads to a place without TLS" in refusal(cowfs("info", url))
+        finally:
+            plain.stop()
 
 
 def test_what_qemu_wrote_on_top(web: Web, base: Path, tmp_path: Path) -> None:
