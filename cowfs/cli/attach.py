@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from cowfs.cli.live import require_live
-from cowfs.cli.loops import losetup
+from cowfs.cli.loops import find_partitions, losetup
 
 
 @click.command()
@@ -25,4 +25,9 @@ def command(path: str) -> None:
     live = require_live(path)
     read_only = [] if os.access(Path(live.path), os.W_OK) else ["--read-only"]
     (device,) = losetup(live, "--find", "--partscan", "--show", "--direct-io=on", *read_only, live.path)
+    try:
+        find_partitions(live, device)
+    except BaseException:
+        losetup(live, "--detach", device)
+        raise
     click.echo(device)
