@@ -138,7 +138,9 @@ class Commit(Job):
                 if self._depth:
                     await disk.set_layer_writable(self._depth, False)
         if not self._keep:
-            await disk.remember_below(self._depth)
+            # the chain is what it was to become, so it is too late for anybody to cancel that
+            with trio.CancelScope(shield=True):
+                await disk.remember_below(self._depth)
 
     # -- layers between the base and the one that is put on it
 

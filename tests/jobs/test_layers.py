@@ -1,6 +1,7 @@
 """Streams to a base, commits from and into any layer: on chains of all kinds, with QEMU's word on what is left."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -236,6 +237,27 @@ async def test_a_disk_may_end_while_it_is_drained(tmp_path: Path) -> None:
         assert (job.state, job.error, disk.sink) == (State.CANCELLED, "", None)
         await disk.close()
     assert view(files.top, "qcow2")[4096:][:13] == b"written below"
+
+
+async def test_a_commit_that_is_cancelled_when_the_chain_has_changed_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ChainFiles(tmp_path, PLAIN)
+    async with files.opened() as disk:
+        job = Commit(disk, top=layer(disk, 1))
+        cut_out = disk.cut_out
+
+        async def cancel(*args: Any) -> list[Layer] | None:
+            removed = await cut_out(*args)
+            job.cancel()
+            return removed
+
+        monkeypatch.setattr(disk, "cut_out", cancel)
+        await completed(job)
+        assert len(disk.layers) == 3
+        # also layers that are only read know what they lie on
+        assert all(above.image.stamp is not None for above in disk.layers[:2])
+        assert await disk.read(0, SIZE) == files.views[-1]
 
 
 @pytest.mark.parametrize("verb", ["stream", "commit"])
