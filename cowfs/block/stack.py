@@ -307,15 +307,21 @@ class Stack(Chain):
         """Open a backing layer for writing, or make it read-only again, flushed.
 
         The layer above remembers nothing of it while it is open for writing, and afterwards only if it is the active
-        one: others no longer hold what they did.
+        one: others no longer hold what they did. If it cannot be opened for writing, all is remembered that was.
         """
-        if writable:
-            await self._forget_below(depth - 1)
-        elif depth == 1:
-            await self.close_sink()
+        known = self.remembering(depth)
         try:
+            if writable:
+                await self._forget_below(depth - 1)
+            elif depth == 1:
+                await self.close_sink()
             self.forget_owners()
             await self.layers[depth].set_writable(writable)
+        except BaseException:
+            if writable:
+                with trio.CancelScope(shield=True):
+                    await self.remember_below(depth, known)
+            raise
         finally:
             self.forget_owners()
             if depth == 1 and self.layers[1].storage.read_only:
@@ -335,10 +341,19 @@ class Stack(Chain):
             with trio.CancelScope(shield=True):
                 await self.set_layer_writable(depth, False)
 
-    async def remember_below(self, depth: int) -> None:
-        """Have each layer above one remember anew what is below it, from there up, where it can be done harmlessly."""
+    def remembering(self, depth: int) -> frozenset[Layer]:
+        """Layers above one that remember what is below them."""
+        return frozenset(layer for layer in self.layers[:depth] if layer.image.stamp is not None)
+
+    async def remember_below(self, depth: int, wanted: frozenset[Layer] | None = None) -> None:
+        """Have each layer above one remember anew what is below it, from there up, where it can be done harmlessly.
+
+        Only those that are ``wanted``, if that is said. A failure is logged: it takes nothing from anybody.
+        """
         for above in range(depth - 1, -1, -1):
             layer = self.layers[above]
+            if wanted is not None and layer not in wanted:
+                continue
             if above and (layer.image.spoiled_by_writing or layer.image.unwritable is not None):
                 continue
             try:

@@ -130,17 +130,18 @@ class Commit(Job):
     async def _base_open(self) -> AsyncIterator[None]:
         """Have the base open for writing as long as this needs it; whoever looks sees it become what it will be."""
         disk = self.disk
+        wanted: frozenset[Layer] | None = disk.remembering(self._depth)
         await disk.set_layer_writable(self._depth, True)
         try:
             yield
+            wanted = None
         finally:
             with trio.CancelScope(shield=True):
                 if self._depth:
                     await disk.set_layer_writable(self._depth, False)
-        if not self._keep:
-            # the chain is what it was to become, so it is too late for anybody to cancel that
-            with trio.CancelScope(shield=True):
-                await disk.remember_below(self._depth)
+                if not self._keep:
+                    # what shows no disk any more shall not say that it does
+                    await disk.remember_below(self._depth, None if wanted is None else wanted - disk.spoiled)
 
     # -- layers between the base and the one that is put on it
 

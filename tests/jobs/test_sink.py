@@ -14,12 +14,13 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cowfs.block.disk import Disk
 from cowfs.block.extent import Kind
+from cowfs.block.identity import stamp_of
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CorruptImage, CowfsError, StorageError
 from cowfs.formats import qcow2
-from cowfs.formats.chain import open_disk
+from cowfs.formats.chain import open_disk, open_image, remember_base
 from cowfs.formats.raw import RawImage
 from cowfs.jobs.commit import Commit, Pivot
 from cowfs.jobs.job import Job, OnError, State
@@ -373,3 +374,33 @@ async def test_a_base_with_a_colon_in_its_name_can_be_opened_again(tmp_path: Pat
     assert await disk.read(0, SIZE) == b"b" * SIZE
     await disk.close()
     ok(qemu_img("compare", "-f", "qcow2", "-F", "raw", top, f"file:{base}"))
+
+
+@pytest.mark.needs("qemu-img")
+@pytest.mark.parametrize("other", ["base.raw", "one.qcow2"])
+async def test_a_commit_that_is_refused_leaves_what_the_layers_remember(tmp_path: Path, other: str) -> None:
+    paths = [tmp_path / name for name in ("base.raw", "one.qcow2", "two.qcow2", "top.qcow2")]
+    paths[0].write_bytes(b"b" * SIZE)
+    for below, above in pairwise(paths):
+        ok(qemu_img("create", "-q", "-f", "qcow2", "-b", below.name, "-F", below.suffix[1:], above))
+        disk = await open_disk(str(above), writable=True)
+        await remember_base(disk)
+        await disk.close()
+    disk = await open_disk(str(paths[-1]), writable=True)
+    # as another image of the mount would that lies on it
+    user = await open_image(str(tmp_path / other))
+    job = Commit(disk, base=disk.layers[3])
+    await job.run()
+    assert job.state is State.FAILED
+    assert f"{other}: is in use" in job.error
+    assert all(stamp_of(layer) is not None for layer in disk.layers[:3])
+    assert [layer.storage.read_only for layer in disk.layers] == [False, True, True, True]
+    assert not disk.spoiled
+    await user.close()
+    await disk.close()
+    # and it is what there is
+    disk = await open_disk(str(paths[-1]), writable=True)
+    again = Commit(disk, base=disk.layers[3])
+    await again.run()
+    assert (again.state, again.error) == (State.COMPLETED, "")
+    await disk.close()
