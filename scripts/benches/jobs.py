@@ -62,6 +62,12 @@ def make_overlay(base: Path, own: int = 0) -> Path:
     return image
 
 
+def remove(image: Path) -> None:
+    """Remove an image, with the journal of a job that was still at work, which would go on with the next one."""
+    for file in image.parent.glob(f"{image.name}*"):
+        file.unlink()
+
+
 def sync(path: Path) -> None:
     """Make a file durable."""
     with path.open("rb") as file:
@@ -80,7 +86,7 @@ def busy(peer: Streamer, base: Path, area: str, work: str, depth: int, options: 
         found = fio_latencies(flat, *job)
         reached, elapsed = peer.streamed(), time.monotonic() - start
     check(image, "qcow2")
-    image.unlink()
+    remove(image)
     return {
         "without": without._asdict(),
         "with": found._asdict(),
@@ -104,7 +110,7 @@ def idle(peer: Streamer, base: Path) -> float:
         elapsed = time.monotonic() - start
     check(image, "qcow2")
     run("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", image, base)
-    image.unlink()
+    remove(image)
     return base.stat().st_size / elapsed
 
 
