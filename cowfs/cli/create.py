@@ -12,6 +12,8 @@ from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
 from cowfs.formats.create import create_image
 from cowfs.formats.registry import format_named
+from cowfs.jobs.journal import forget_jobs
+from cowfs.storage import is_remote
 
 
 @click.command()
@@ -63,6 +65,8 @@ def command(
         raise UsageError("the size is given twice", file=file)
     wanted = parse_size_for(file, chosen.pop("size", size))
     made = trio.run(partial(create_image, file, format, wanted, link, chosen, trust_backing=unsafe))
+    if not is_remote(file):
+        forget_jobs(file)
     if not quiet:
         click.echo(_summary(file, format, made, link, chosen))
 

@@ -263,6 +263,11 @@ def remove_journal(path: str) -> None:
     sync_directory(path)
 
 
+def forget_jobs(file: str) -> None:
+    """Take away what says that a job is to go on with an image of this name: it was another image. Blocks."""
+    remove_journal(os.path.realpath(file) + SUFFIX)
+
+
 def _unlink(path: str) -> bool:
     try:
         os.unlink(path)  # noqa: PTH108

@@ -101,10 +101,21 @@ def _backing_of_another_format(here: Path) -> str:
 
 def _backing_in_the_network(here: Path) -> str:
     ok(qemu_img("create", "-u", "-f", "qcow2", "-b", "nbd://localhost/x", "-F", "raw", "bad", "1M", cwd=here))
+    return "nbd://localhost/x: cannot connect: Connection refused (backing file of bad)"
+
+
+def _backing_of_no_known_kind(here: Path) -> str:
+    ok(qemu_img("create", "-u", "-f", "qcow2", "-b", "gluster://host/x", "-F", "raw", "bad", "1M", cwd=here))
     return "no local file"
 
 
-_CHAIN: list[Callable[[Path], str]] = [_backing_gone, _cycle, _backing_of_another_format, _backing_in_the_network]
+_CHAIN: list[Callable[[Path], str]] = [
+    _backing_gone,
+    _cycle,
+    _backing_of_another_format,
+    _backing_in_the_network,
+    _backing_of_no_known_kind,
+]
 
 
 def _create(here: Path, *args: str) -> None:

@@ -32,6 +32,15 @@ def test_an_image_of_a_size(tmp_path: Path, format: str) -> None:
         ok(qemu_img("check", path))
 
 
+def test_a_new_image_has_no_job_to_go_on_with(tmp_path: Path) -> None:
+    journal = tmp_path / "new.cowfs-job"
+    journal.write_text("of an image that had this name before")
+    assert refusal(cowfs("create", "-f", "qcow2", "-b", "missing", "-F", "raw", "new", cwd=tmp_path))
+    assert journal.exists()
+    ok(cowfs("create", "-q", "-f", "qcow2", "new", "1M", cwd=tmp_path))
+    assert not journal.exists()
+
+
 def test_raw_is_the_default_and_quiet_is_quiet(tmp_path: Path) -> None:
     assert ok(cowfs("create", "-q", "new", "1000", cwd=tmp_path)) == ""
     assert (tmp_path / "new").stat().st_size == 1024
@@ -100,7 +109,7 @@ _REFUSED: list[tuple[list[str], str]] = [
     (["-f", "qcow2", "-b", "base.raw", "-F", "bogus", "new"], "unknown format 'bogus'"),
     (["-f", "qcow2", "-b", "gone.raw", "-F", "raw", "new"], "gone.raw: cannot open: No such file"),
     (["-f", "qcow2", "-b", "gone.raw", "-F", "raw", "new", "1M"], "gone.raw: cannot open: No such file"),
-    (["-f", "qcow2", "-b", "ssh://host/x", "-F", "raw", "new"], "no local file"),
+    (["-f", "qcow2", "-b", "gluster://host/x", "-F", "raw", "new"], "no local file"),
     (["-f", "qcow2", "-u", "-b", "gone.raw", "-F", "raw", "new"], "needs a size"),
     (["-f", "qcow2", "-b", "base.raw", "-o", "backing_file=other", "-F", "raw", "new"], "given twice"),
 ]
