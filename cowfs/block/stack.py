@@ -236,14 +236,19 @@ class Stack(Chain):
         """Copy a range of the active layer down, make it durable there, and drop it, with guests held off it."""
         end = align_up(offset + length, self.cluster_size)
         async with self.lock.hold(offset, end):
-            copied = await self._copy_down(offset, length, Span(0, 0, 1))
+            copied = await self._copy_down(offset, end - offset, Span(0, 0, 1))
             await self.layers[1].flush()
             await self._drop(offset, end)
         return copied
 
     async def _drop(self, start: int, end: int) -> None:
-        self.changed = True
-        await self.layers[0].deallocate(start, end - start)
+        below = self.layers[1].size
+        if below < self.size:
+            # the disk has grown meanwhile, and what it has there has no copy
+            end = min(end, align_down(below, self.cluster_size))
+        if start < end:
+            self.changed = True
+            await self.layers[0].deallocate(start, end - start)
 
     def track_writes(self, chunk: int) -> AbstractContextManager[WriteTracker]:
         """Record which chunks of ``chunk`` bytes guests write, while the context lasts."""

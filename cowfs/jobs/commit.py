@@ -313,11 +313,13 @@ class Commit(Job):
         disk = self.disk
         if disk.sink is not None:
             disk.sink.strayed = False
-        await self._make_room(disk.size)
+        # if it grows meanwhile, the sink says that there is more to do
+        size = disk.size
+        await self._make_room(size)
         found = False
         position = 0
-        while position < disk.size:
-            end = min(position + WINDOW, disk.size)
+        while position < size:
+            end = min(position + WINDOW, size)
             areas = await self._held(DRAINED, position, end)
             found = found or bool(areas)
             if tracker is not None:
@@ -333,7 +335,9 @@ class Commit(Job):
     async def _copy_batches(self, areas: Iterable[Area], tracker: WriteTracker) -> None:
         batch: list[Area] = []
         size = 0
-        for start, end in self._steps(areas, self._unit):
+        for start, stop in self._steps(areas, self._unit):
+            # the end of the disk may not be one any more
+            end = align_up(stop, self._unit)
             if not batch:
                 tracker.restart()
             tracker.clear(start, end - start)
@@ -344,7 +348,7 @@ class Commit(Job):
             if size >= BATCH:
                 await self.attempt(partial(self._drop, batch, tracker))
                 batch, size = [], 0
-            await self.advance(end, copied or 0)
+            await self.advance(stop, copied or 0)
         await self.attempt(partial(self._drop, batch, tracker))
 
     async def _drop(self, batch: list[Area], tracker: WriteTracker) -> None:

@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from chains import GROWING, MIXED, PLAIN, PLANS, SHRINKING, SIZE, ChainFiles, M, Writer, completed, view
+from chains import GROWING, MIXED, PLAIN, PLANS, SHRINKING, SIZE, ChainFiles, K, M, Writer, completed, view
 from commandline import ok, qemu_img
+from steadysteps import steady_steps
 
 from cowfs.block.disk import Disk
 from cowfs.block.layer import Layer
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import Stale, UsageError
 from cowfs.formats.chain import open_chain, open_disk
+from cowfs.jobs import commit
 from cowfs.jobs.commit import Commit, Pivot
 from cowfs.jobs.job import State
 from cowfs.jobs.stream import Stream
@@ -218,6 +220,50 @@ async def test_a_job_that_is_ready_can_be_cancelled(tmp_path: Path) -> None:
         assert await disk.read(0, disk.size, 1) != writer.model
     assert view(files.top, "qcow2") == writer.model
     files.check(1)
+
+
+class Growing(Commit):
+    """A commit whose disk grows before its step number ``when``; the guest writes to what is new, from its start on."""
+
+    def __init__(self, disk: Disk, pivot: Pivot, when: int) -> None:
+        super().__init__(disk, pivot=pivot)
+        self.steps = 0
+        self._when = when
+
+    async def advance(self, offset: int, copied: int) -> None:
+        self.steps += 1
+        if self.steps == self._when:
+            size = self.disk.size
+            await self.disk.grow(size + 80 * K)
+            await self.disk.write(size, b"new" * 10_000)
+        await super().advance(offset, copied)
+        assert self.offset <= self.length
+
+
+@pytest.mark.parametrize("gentle", [0, 2])
+@pytest.mark.parametrize(("below", "pivot"), [(SIZE - 60 * K, Pivot.YES), (SIZE + M, Pivot.NO)])
+async def test_what_is_written_when_the_disk_has_grown_while_it_is_drained_is_kept(
+    tmp_path: Path, gentle: int, below: int, pivot: Pivot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "GENTLE_PASSES", gentle)
+    monkeypatch.setattr(commit, "FIRM_STEP", M)
+    steady_steps(monkeypatch, M)
+    grown = 0
+    while True:
+        folder = tmp_path / str(grown)
+        folder.mkdir()
+        files = ChainFiles(folder, [("raw", {}, below), ("qcow2", {}, SIZE - 3 * 512)])
+        async with files.opened() as disk:
+            await disk.write(0, files.views[-1])
+            job = Growing(disk, pivot, grown + 1)
+            await completed(job)
+            if job.steps <= grown:
+                break
+            expected = files.views[-1] + (b"new" * 10_000).ljust(80 * K, b"\0")
+            kept = await disk.read(0, disk.size) == expected
+            assert kept, f"not if it grows before step {grown + 1}"
+        grown += 1
+    assert grown > SIZE // M
 
 
 async def test_a_disk_may_end_while_it_is_drained(tmp_path: Path) -> None:
