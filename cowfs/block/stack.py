@@ -242,7 +242,7 @@ class Stack(Chain):
         return copied
 
     async def _drop(self, start: int, end: int) -> None:
-        below = self.layers[1].size
+        below = self.layers[1].size if len(self.layers) > 1 else self.size
         if below < self.size:
             # the disk has grown meanwhile, and what it has there has no copy
             end = min(end, align_down(below, self.cluster_size))
