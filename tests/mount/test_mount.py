@@ -456,8 +456,9 @@ def test_bad_input_is_one_line(mount: Mounts, raw_image: Path, tmp_path: Path) -
     assert "cowfs is mounted there already" in refusal(cowfs("mount", other, point))
     assert "there is no such disk" in refusal(cowfs("stream", mounted.flat("none")))
     assert "is no disk of the mount" in refusal(cowfs("stream", mounted.point))
-    for option, given in (("--format", ["-f", "raw"]), ("--base", ["-b", "base"]), ("--keep", ["-d"])):
+    for option, given in (("--format", ["-f", "raw"]), ("--keep", ["-d"])):
         assert f"{option} is for image files" in refusal(cowfs("commit", *given, mounted.flat("plain")))
+    assert "there is no layer 'base' in its chain" in refusal(cowfs("commit", "-b", "base", mounted.flat("plain")))
     assert "does not lie in a cowfs mount" in refusal(cowfs("attach", raw_image))
     assert "no backing file to commit into" in refusal(cowfs("commit", mounted.flat("plain")))
     assert "is not a size" in refusal(cowfs("stream", "--speed", "fast", mounted.flat("plain")))
