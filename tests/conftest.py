@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"this machine lacks {', '.join(missing)}")
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name what failed at once, for whoever looks at a run that does not come to its end."""
+    if report.failed and os.environ.get("CI") and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.stdout.write(f"\n{report.nodeid} failed in {report.when}:\n{report.longreprtext[-2000:]}\n")
+        sys.stdout.flush()
 
 
 @pytest.fixture
