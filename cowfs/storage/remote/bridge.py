@@ -3,7 +3,6 @@
 import asyncio
 import importlib
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from types import ModuleType
 from typing import Any, TypeVar
@@ -16,6 +15,8 @@ T = TypeVar("T")
 
 #: what the extra has; packages for the rarer stores are not in it
 _EXTRA = ("fsspec", "aiohttp", "s3fs")
+#: seconds that a request gets to end in once it is cancelled
+PATIENCE = 5.0
 
 
 def require_module(name: str, what: str) -> ModuleType:
@@ -29,24 +30,44 @@ def require_module(name: str, what: str) -> ModuleType:
 
 
 async def in_loop(work: Coroutine[Any, Any, T]) -> T:
-    """Have a coroutine of asyncio run there, and return what it returns; it is cancelled if this is."""
+    """Have a coroutine of asyncio run there, and return what it returns.
+
+    If this is cancelled, so is the coroutine, and this waits until it has ended: nothing of it goes on behind the back
+    of whoever closes what it uses. One that does not end is left alone after `PATIENCE`.
+    """
     loop: asyncio.AbstractEventLoop = importlib.import_module("fsspec.asyn").get_loop()
     token = trio.lowlevel.current_trio_token()
-    done = trio.Event()
+    ended = trio.Event()
+    task: asyncio.Task[T] | None = None
 
-    def finished(_: Future[T]) -> None:
+    def begin() -> None:
+        nonlocal task
+        task = loop.create_task(work)
+        task.add_done_callback(end)
+
+    def end(task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            # which asyncio takes for being looked at
+            task.exception()
         # nobody is there any more if the program ends meanwhile
         with suppress(trio.RunFinishedError):
-            token.run_sync_soon(done.set)
+            token.run_sync_soon(ended.set)
 
-    future = asyncio.run_coroutine_threadsafe(work, loop)
-    future.add_done_callback(finished)
+    def cancel() -> None:
+        # calls are made in order, so it has begun
+        assert task is not None
+        task.cancel()
+
+    loop.call_soon_threadsafe(begin)
     try:
-        await done.wait()
+        await ended.wait()
     except BaseException:
-        future.cancel()
+        loop.call_soon_threadsafe(cancel)
+        with trio.move_on_after(PATIENCE, shield=True):
+            await ended.wait()
         raise
+    assert task is not None
     try:
-        return future.result()
-    except CancelledError:
+        return task.result()
+    except asyncio.CancelledError:
         raise RuntimeError("the request was broken off in the loop of fsspec") from None

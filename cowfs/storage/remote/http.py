@@ -29,7 +29,10 @@ class HttpStore(Store):
         configured = fsspec.config.conf.get(address.scheme, {}).get("client_kwargs", {})
         # ~/.netrc, and the proxies that the environment names
         options = {"trust_env": True, **configured}
-        self._system: Any = fsspec.filesystem(address.scheme, skip_instance_cache=True, client_kwargs=options)
+        # asynchronous: nothing of it is closed but by `close`, from the loop where it is used
+        self._system: Any = fsspec.filesystem(
+            address.scheme, skip_instance_cache=True, asynchronous=True, client_kwargs=options
+        )
 
     async def look(self, length: int) -> tuple[Facts, bytes]:
         """Ask for the first bytes: what the answer says of the whole is true of what later answers are parts of."""
