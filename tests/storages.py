@@ -30,7 +30,7 @@ class Gate:
 class MemoryStorage(Storage):
     """Bytes in memory. ``cold`` declines the ``…_now`` operations, as a network does.
 
-    ``gates`` maps an operation's name (read, write, flush) to a gate that it has to pass; ``log`` has every
+    ``gates`` maps an operation's name (read, write, flush, regions) to a gate that it has to pass; ``log`` has every
     operation that writes or waits in order, with offset and length where it has them. ``failures`` lists, for an
     operation's name, what its next calls raise; None lets one succeed.
     """
@@ -96,6 +96,8 @@ class MemoryStorage(Storage):
         self.content.extend(bytes(max(0, offset + length - len(self.content))))
 
     async def regions(self, offset: int, length: int) -> list[Region]:
+        if "regions" in self.gates:
+            await self.gates["regions"].pass_through()
         return [Region(offset, length, hole=False)]
 
     async def reopen(self, *, writable: bool) -> None:

@@ -93,7 +93,9 @@ class Chain:
 
         Only the deepest layer's pieces can be unallocated. ``holes`` asks the storages for their holes too.
         """
-        return await self._resolve(self.layers, depth, offset, length, holes)
+        # a layer that leaves the chain meanwhile stays open until it has answered
+        with self.readers.inside():
+            return await self._resolve(self.layers, depth, offset, length, holes)
 
     async def held_above(self, depth: int, offset: int, length: int) -> list[Extent]:
         """Extents of a range that are held by any layer above ``depth``, which is not asked."""

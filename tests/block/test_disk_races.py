@@ -12,6 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
+from cowfs.block.seek import next_hole
 from cowfs.block.stack import Span
 from cowfs.errors import StorageError
 from cowfs.formats import qcow2, qed
@@ -192,6 +193,27 @@ async def test_a_reader_in_the_backing_delays_closing_it(format: str) -> None:
             gate.open()
         assert s.base.closings == 1
         await s.verify()
+
+
+async def test_who_looks_for_holes_keeps_the_backing_file_open(format: str) -> None:
+    async with stack(format) as s:
+        gate = s.base.gates["regions"] = Gate()
+        found: list[int] = []
+
+        async def seek() -> None:
+            found.append(await next_hole(s.disk, 0))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(seek)
+            await gate.arrived.wait()
+            del s.base.gates["regions"]
+            nursery.start_soon(Stream(s.disk).run)
+            await wait_all_tasks_blocked()
+            assert len(s.disk.layers) == 1
+            assert s.base.closings == 0, "another file may have its descriptor's number next"
+            gate.open()
+        assert found == [SIZE]
+        assert s.base.closings == 1
 
 
 async def test_stream_with_a_writer_and_a_reader(format: str) -> None:
