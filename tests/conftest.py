@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commandline import ok, qemu_img
-from guests import KERNEL
+from guests import KERNEL, Guests
 from mounting import Mounts
 from nbdservers import Servers
 
@@ -17,7 +17,7 @@ _CONDITIONS = {
     "root": lambda: os.geteuid() == 0,
     "fuse": lambda: Path("/dev/fuse").exists(),
     "loop": lambda: Path("/dev/loop-control").exists(),
-    "guest-kernel": (KERNEL / "vmlinuz").exists,
+    "guest-kernel": (KERNEL / "md").exists,
 }
 
 
@@ -52,6 +52,16 @@ def mount(tmp_path: Path) -> Iterator[Mounts]:
         yield mounts
     finally:
         mounts.clean_up()
+
+
+@pytest.fixture
+def guests(mount: Mounts, tmp_path: Path) -> Iterator[Guests]:
+    """Start virtual machines that are gone before the mount under them is taken away."""
+    started = Guests(tmp_path)
+    try:
+        yield started
+    finally:
+        started.clean_up()
 
 
 @pytest.fixture

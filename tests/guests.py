@@ -1,7 +1,7 @@
 """Virtual machines for tests: QEMU, Debian's kernel, busybox, and a root file system made on the spot.
 
-A guest writes files and their checksums until it is told to stop, looks at everything once more, and shuts down.
-What it says on its serial line, one ``guest: WORD VALUE`` each, is what the host can hold its disk against.
+The usual guest writes files and their checksums until it is told to stop, looks at everything once more, and shuts
+down. What it says on its serial line, one ``guest: WORD VALUE`` each, is what the host can hold its disk against.
 """
 
 import gzip
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +29,7 @@ DELETED = ZEROS = 16 << 20
 _DISK_SIZE = "160M"
 _INITRAMFS_INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
-for module in {modules}; do /bin/busybox insmod /$module; done
+for module in MODULES; do /bin/busybox insmod /$module; done
 until [ -e /dev/vda ]; do :; done
 /bin/busybox mount -t ext4 /dev/vda /root
 /bin/busybox mount --move /dev /root/dev
@@ -83,17 +84,24 @@ def _module(path: Path) -> bytes:
     return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
 
 
-def make_initramfs(directory: Path) -> Path:
-    """What the kernel starts with: drivers of the disk, and the way to the file system on it."""
+def make_initramfs(
+    directory: Path, init: str = _INITRAMFS_INIT, modules: Sequence[str] = (), programs: Sequence[str] = ()
+) -> Path:
+    """What the kernel starts with: drivers of the disk, and the way to the file system on it.
+
+    Or a guest that is all in there: what ``init`` does, with modules and programs of the host that it needs.
+    """
     tree = directory / "initramfs"
-    for name in ("bin", "dev", "root"):
+    for name in ("bin", "dev", "proc", "root", "run", "sys"):
         (tree / name).mkdir(parents=True)
     shutil.copy(_busybox(), tree / "bin/busybox")
-    modules = [path for name in ("virtio_pci", "virtio_blk") for path in _with_dependencies(name)]
-    names = list(dict.fromkeys(path.name.removesuffix(".xz") for path in modules))
-    for path in modules:
+    for program in programs:
+        _copy_program(program, tree)
+    drivers = [path for name in ("virtio_pci", "virtio_blk", *modules) for path in _with_dependencies(name)]
+    names = list(dict.fromkeys(path.name.removesuffix(".xz") for path in drivers))
+    for path in drivers:
         (tree / path.name.removesuffix(".xz")).write_bytes(_module(path))
-    (tree / "init").write_text(_INITRAMFS_INIT.format(modules=" ".join(names)))
+    (tree / "init").write_text(init.replace("MODULES", " ".join(names)))
     (tree / "init").chmod(0o755)
     members = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
     archive = subprocess.run(
@@ -106,6 +114,18 @@ def make_initramfs(directory: Path) -> Path:
     made = directory / "initramfs.gz"
     made.write_bytes(gzip.compress(archive.stdout, 1))
     return made
+
+
+def _copy_program(name: str, tree: Path) -> None:
+    """A program of the host, to ``/bin``, and the libraries that it needs, to where it looks for them."""
+    program = shutil.which(name)
+    assert program
+    shutil.copy(program, tree / "bin")
+    libraries = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    for library in re.findall(r"(/\S+) \(0x", libraries):
+        place = tree / library.removeprefix("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, place)
 
 
 def make_root(image: Path) -> None:
@@ -179,11 +199,21 @@ class Guest:
         wait_for(f"round {goal} of the guest", lambda: self._is_over() or self.round >= goal, PATIENCE)
         assert self._process.poll() is None, self._log.read_text(errors="replace")
 
-    def shut_down(self) -> None:
-        """Have the guest look at its files and shut down; QEMU ends with it."""
+    def says(self, word: str) -> str:
+        """Wait until the guest has said something under ``word``; what."""
+        wait_for(f"the guest to say '{word}'", lambda: self._is_over() or bool(self.said(word)), PATIENCE)
+        assert self.said(word), self._log.read_text(errors="replace")
+        return self.said(word)[0]
+
+    def go_on(self) -> None:
+        """Tell the guest to go on to its next step; to the usual one, that it is time for the last."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"stop\n")
         self._process.stdin.flush()
+
+    def shut_down(self) -> None:
+        """Have the guest look at its files and shut down; QEMU ends with it."""
+        self.go_on()
         wait_for("the guest to shut down", self._is_over, PATIENCE)
         assert self._process.returncode == 0, self._log.read_text(errors="replace")
 

@@ -3,7 +3,6 @@
 import hashlib
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,6 @@ from mounting import Mounted, Mounts, wait_for_end
 pytestmark = pytest.mark.needs(
     *("root", "fuse", "guest-kernel", "qemu-system-x86_64", "qemu-img", "busybox", "cpio", "mkfs.ext4", "debugfs")
 )
-
-
-@pytest.fixture
-def guests(mount: Mounts, tmp_path: Path) -> Iterator[Guests]:
-    """Virtual machines that are gone before the mount under them is taken away."""
-    started = Guests(tmp_path)
-    try:
-        yield started
-    finally:
-        started.clean_up()
 
 
 def digest(path: Path) -> str:
