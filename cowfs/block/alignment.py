@@ -59,3 +59,19 @@ def joined(areas: Sequence[Area]) -> list[Area]:
             end = max(end, last)
         found.append((start, end))
     return found
+
+
+def common(areas: Sequence[Area], others: Sequence[Area]) -> list[Area]:
+    """Return what both cover; each is in order and does not overlap itself."""
+    found: list[Area] = []
+    mine, theirs = iter(areas), iter(others)
+    area, other = next(mine, None), next(theirs, None)
+    while area is not None and other is not None:
+        start, end = max(area[0], other[0]), min(area[1], other[1])
+        if start < end:
+            found.append((start, end))
+        if area[1] < other[1]:
+            area = next(mine, None)
+        else:
+            other = next(theirs, None)
+    return found

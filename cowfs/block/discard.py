@@ -9,13 +9,15 @@ All offsets and lengths are bytes.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import trio
 
-from cowfs.block.alignment import align_down, align_up
+from cowfs.block.alignment import align_down, align_up, common
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
+from cowfs.block.layer import Layer
 from cowfs.block.owners import Piece
 from cowfs.block.stack import Stack
 from cowfs.block.zeros import is_zero
@@ -42,6 +44,25 @@ class _Run(NamedTuple):
 
 class Discarding(Stack):
     """The part of a disk that makes zeros."""
+
+    #: what the active layer will lie on when a job has taken out all that is between; None if none is to
+    _heir: Layer | None = None
+
+    @asynccontextmanager
+    async def about_to_lie_on(self, base: Layer | None) -> AsyncIterator[None]:
+        """While the context lasts, what guests discard hides not only what is below, but what ``base`` has there, too.
+
+        For a job that takes out all between the two: it sees to what the active layer does not hold, once, and not to
+        what that ceases to hold afterwards. Waits for requests that began before.
+        """
+        self._heir = base
+        try:
+            if base is not None:
+                async with self._all_held():
+                    pass
+            yield
+        finally:
+            self._heir = None
 
     @abstractmethod
     def _check_write(self, offset: int, length: int) -> None:
@@ -116,10 +137,14 @@ class Discarding(Stack):
             return []
         if len(self.layers) == 1:
             return [_Run(start, end, bare=True)]
+        bare = list(_stretches(await self.resolve(start, end - start, 1)))
+        if self._heir is not None:
+            later = await self.resolve(start, end - start, self.layers.index(self._heir))
+            bare = common(bare, list(_stretches(later)))
         runs: list[_Run] = []
         position = start
         size = self.cluster_size
-        for first, last in _stretches(await self.resolve(start, end - start, 1)):
+        for first, last in bare:
             first, last = _inside(first, last, size, self.size)
             if first < last:
                 if position < first:

@@ -152,7 +152,8 @@ class Commit(Job):
         if not between:
             return
         span = Span(0 if self._is_active else first, first, self._depth)
-        async with self._prepared(span, between):
+        heir = self._base if first == 1 else None
+        async with self._prepared(span, between), disk.about_to_lie_on(heir):
             done = 0
             relinked = False
             while not relinked:

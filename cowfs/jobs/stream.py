@@ -52,6 +52,12 @@ class Stream(Job):
         if end == 1:
             return
         disk.layers[0].require_writable()
+        async with disk.about_to_lie_on(self._base):
+            await self._fill(end)
+
+    async def _fill(self, end: int) -> None:
+        """Copy up from above depth ``end``, and let go of it."""
+        disk = self.disk
         for offset, length in self._first:
             stop = min(offset + length, disk.size)
             if offset < stop:

@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 from chains import GROWING, MIXED, PLAIN, PLANS, SHRINKING, SIZE, ChainFiles, K, M, Writer, completed, view
-from commandline import ok, qemu_img
+from commandline import ok, qemu_img, qemu_io
 from steadysteps import steady_steps
 
 from cowfs.block.disk import Disk
@@ -17,7 +17,7 @@ from cowfs.errors import Stale, UsageError
 from cowfs.formats.chain import open_chain, open_disk
 from cowfs.jobs import commit
 from cowfs.jobs.commit import Commit, Pivot
-from cowfs.jobs.job import State
+from cowfs.jobs.job import Job, State
 from cowfs.jobs.stream import Stream
 
 #: bytes; of the images that say nothing else
@@ -304,6 +304,41 @@ async def test_a_commit_that_is_cancelled_when_the_chain_has_changed_is_complete
         # also layers that are only read know what they lie on
         assert all(above.image.stamp is not None for above in disk.layers[:2])
         assert await disk.read(0, SIZE) == files.views[-1]
+
+
+@pytest.mark.parametrize("kind", ["stream", "active", "between"])
+async def test_what_guests_discard_hides_the_layer_that_will_be_below(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ChainFiles(tmp_path, [("raw", {}, SIZE), ("qcow2", {}, 3 * M), ("qcow2", {}, SIZE)])
+    qemu_io(files.paths[0], "raw", f"write -P 1 0 {SIZE}")
+    qemu_io(files.paths[1], "qcow2", "write -z 0 256k")
+    # what is between has zeros there, or ends before that
+    for offset in (0, 4 * M):
+        qemu_io(files.top, "qcow2", f"write -P 2 {offset} 256k")
+    async with files.opened() as disk:
+        model = bytearray(await disk.read(0, SIZE))
+        if kind == "stream":
+            job: Job = Stream(disk, base=layer(disk, 0))
+        else:
+            job = Commit(disk, top=layer(disk, 1 if kind == "between" else 2), base=layer(disk, 0))
+        cut_out = disk.cut_out
+
+        async def discard(*args: Any) -> list[Layer] | None:
+            # by now the job has passed
+            for offset in (0, 4 * M):
+                await disk.discard(offset + CLUSTER, 2 * CLUSTER)
+                model[offset + CLUSTER : offset + 3 * CLUSTER] = bytes(2 * CLUSTER)
+            return await cut_out(*args)
+
+        monkeypatch.setattr(disk, "cut_out", discard)
+        await completed(job)
+        assert len(disk.layers) == 2
+        same = await disk.read(0, SIZE) == model
+        assert same
+    same = view(files.top, "qcow2") == model
+    assert same
+    files.check(0, 2)
 
 
 @pytest.mark.parametrize("verb", ["stream", "commit"])
