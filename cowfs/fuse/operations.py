@@ -166,7 +166,9 @@ class Operations(pyfuse3.Operations):
             raise NotPermitted("can only be read")
         handle = self._new_handle(open_handle(node, writable=writable))
         flat = isinstance(node, FlatFile)
-        return FileInfo(fh=handle, direct_io=not flat, keep_cache=flat)
+        # the kernel would take what is appended into its cache, and tell only when it is closed that there is no room
+        appends = flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY | os.O_APPEND
+        return FileInfo(fh=handle, direct_io=not flat or appends, keep_cache=flat)
 
     def _new_handle(self, handle: Handle) -> int:
         number = next(self._numbers)

@@ -61,12 +61,14 @@ def test_correcting_the_kernel_never_makes_a_disk_smaller(mount: Mounts, raw_ima
     assert flat.stat().st_size == raw_image.stat().st_size == size
 
 
-def test_appending_has_no_room(mount: Mounts, raw_image: Path) -> None:
-    mounted = mount("-o", "no-writeback-cache", raw_image)
-    descriptor = os.open(mounted.flat("plain"), os.O_WRONLY | os.O_APPEND)
+@pytest.mark.parametrize("options", ["writeback-cache", "no-writeback-cache"])
+def test_appending_has_no_room(mount: Mounts, raw_image: Path, options: str) -> None:
+    flat = mount("-o", options, raw_image).flat("plain")
+    descriptor = os.open(flat, os.O_WRONLY | os.O_APPEND)
     with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
         os.write(descriptor, b"more")
     os.close(descriptor)
+    assert flat.stat().st_size == 16 * MIB
     assert raw_image.stat().st_size == 16 * MIB
 
 
