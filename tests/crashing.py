@@ -270,9 +270,13 @@ class Scene:
             await self.disk.discard(offset, length)
 
     async def drop(self) -> None:
-        """What is below shines through again."""
+        """What is below shines through again, as far as that reaches."""
         offset, length = self._clusters()
-        self.guest.note(offset, self.below[offset : offset + length])
+        below, end = self.disk.layers[1].size, offset + length
+        if below < self.disk.size:
+            end = min(end, below // self.disk.cluster_size * self.disk.cluster_size)
+        if offset < end:
+            self.guest.note(offset, self.below[offset:end])
         assert await self.disk.drop(offset, length, WriteTracker(1))
 
     async def flush(self) -> None:
