@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cowfs.cli.live import Live, mount_points, read_mount, require_live
-from cowfs.cli.livejobs import active_job, follow, is_active, known_jobs
+from cowfs.cli.livejobs import active_job, follow, is_active, known_jobs, last_job
 from cowfs.cli.options import output_options, parse_size_for, quiet_option
 from cowfs.errors import UsageError
 from cowfs.fuse.control.file import key_values, one_line
@@ -33,7 +33,8 @@ def command(path: str, action: str, output: str, quiet: bool) -> int | None:
     show (the default) prints all that is known of it, or of the last ones if none is active. pause, resume and
     cancel do that; what a job has done stays done. speed=SIZE limits the bytes a second that it copies, 0 lifts
     the limit. wait shows its progress until it has ended, or is ready, or stopped at an error; its outcome is
-    that of the command. complete tells a job that is ready to finish, and waits for that.
+    that of the command. If none is active, it is that of the last one. complete tells a job that is ready to
+    finish, and waits for that.
 
     Given a MOUNTPOINT, the jobs of all disks are listed.
 
@@ -71,9 +72,10 @@ def _mount_point(path: str) -> str | None:
 
 
 def _steer(live: Live, action: str, *, quiet: bool) -> int | None:
-    verb = active_job(live)
     if action == "wait":
-        return follow(live, verb, quiet=quiet)
+        # it may be over by now
+        return follow(live, last_job(live), quiet=quiet)
+    verb = active_job(live)
     if action.startswith("speed="):
         live.command(verb, f"speed={parse_size_for(live.path, action.removeprefix('speed='))}")
         return None

@@ -72,7 +72,7 @@ def is_active(facts: Mapping[str, Any]) -> bool:
 
 
 def known_jobs(status: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Jobs that a disk has or had, from its ``status.json``: verb and figures, active ones first."""
+    """Jobs that a disk has or had, from its ``status.json``: verb and figures, active or else the last first."""
     jobs = [(verb, facts) for verb, facts in status["jobs"].items() if facts["state"] != State.NONE.value]
     yield from sorted(jobs, key=lambda job: not is_active(job[1]))
 
@@ -83,6 +83,13 @@ def active_job(live: Live) -> str:
         if is_active(facts):
             return verb
     raise UsageError("no job is active on this disk", file=live.path)
+
+
+def last_job(live: Live) -> str:
+    """Return the verb of the job that is active on a disk, or was last. Raises `UsageError` if there was none."""
+    for verb, _ in known_jobs(live.status()):
+        return verb
+    raise UsageError("no job has been started on this disk", file=live.path)
 
 
 def layer_number(live: Live, text: str) -> int:

@@ -29,8 +29,9 @@ from cowfs.jobs.job import Job, OnError, log
 
 #: bytes copied at once, at the least, where each step is made durable with guests held off it
 FIRM_STEP = 1 << 20
-#: bytes copied before the base is flushed and the copies are dropped above
+#: bytes copied before the base is flushed and the copies are dropped above, and seconds after which less will do
 BATCH = 64 << 20
+BATCH_SECONDS = 5.0
 #: bytes; formats have disks of whole sectors only
 SECTOR = 512
 #: bytes of the disk whose mapping is looked up at once
@@ -93,6 +94,8 @@ class Commit(Job):
             self._check_size()
         self._pivot = pivot
         self._keep = keep
+        #: whether what is between is merged first, and then the active layer drained: each is half of the way
+        self._has_halves = False
         #: bytes; steps are whole ones of these
         self._unit = max(layer.cluster_size for layer in layers)
 
@@ -151,6 +154,7 @@ class Commit(Job):
         between = disk.layers[first : self._depth]
         if not between:
             return
+        self._has_halves = self._is_active
         span = Span(0 if self._is_active else first, first, self._depth)
         heir = self._base if first == 1 else None
         async with self._prepared(span, between), disk.about_to_lie_on(heir):
@@ -234,14 +238,20 @@ class Commit(Job):
         disk = self.disk
         begin = align_down(begin, self._unit)
         await self._make_room(disk.layers[span.viewer].size)
-        # if the active layer is to be drained after this, that is what tells how far the job is
-        counts = self._keep or not self._is_active
         for start in range(begin, self.length, WINDOW):
             end = min(start + WINDOW, self.length)
             for first, last in self._steps(await self._held(span, start, end), self._unit):
                 copied = await self.attempt(partial(disk.copy_down, first, last - first, span))
-                await self.advance(last if counts else 0, copied or 0)
-            await self.advance(end if counts else 0, 0)
+                await self.advance(self._way(last), copied or 0)
+            await self.advance(self._way(end), 0)
+
+    def _way(self, position: int) -> int:
+        """How far a job is that has come to a position while it copies what lies between."""
+        return position // 2 if self._has_halves else position
+
+    def _way_on(self, position: int) -> int:
+        """The same while the active layer is drained."""
+        return (self.length + position) // 2 if self._has_halves else position
 
     async def _make_room(self, size: int) -> None:
         """The base must be as large as what is merged into it; a larger one stays as it is."""
@@ -328,28 +338,30 @@ class Commit(Job):
             else:
                 for start, stop in self._steps(areas, align_up(FIRM_STEP, self._unit)):
                     copied = await self.attempt(partial(disk.push_down, start, stop - start))
-                    await self.advance(stop, copied or 0)
+                    await self.advance(self._way_on(stop), copied or 0)
             position = end
-            await self.advance(position, 0)
+            await self.advance(self._way_on(position), 0)
         return found or (disk.sink is not None and disk.sink.strayed)
 
     async def _copy_batches(self, areas: Iterable[Area], tracker: WriteTracker) -> None:
         batch: list[Area] = []
         size = 0
+        begun = trio.current_time()
         for start, stop in self._steps(areas, self._unit):
             # the end of the disk may not be one any more
             end = align_up(stop, self._unit)
             if not batch:
+                begun = trio.current_time()
                 tracker.restart()
             tracker.clear(start, end - start)
             copied = await self.attempt(partial(self.disk.copy_down, start, end - start, DRAINED))
             if copied is not None:
                 batch.append((start, end))
                 size += end - start
-            if size >= BATCH:
+            if size >= BATCH or trio.current_time() >= begun + BATCH_SECONDS:
                 await self.attempt(partial(self._drop, batch, tracker))
                 batch, size = [], 0
-            await self.advance(stop, copied or 0)
+            await self.advance(self._way_on(stop), copied or 0)
         await self.attempt(partial(self._drop, batch, tracker))
 
     async def _drop(self, batch: list[Area], tracker: WriteTracker) -> None:

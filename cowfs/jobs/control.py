@@ -119,6 +119,7 @@ class JobControl:
         self._disk = disk
         self._nursery = nursery
         self._neighbours = neighbours
+        #: the last started is the last
         self.jobs: dict[str, Job] = {}
         self._kept_out: str | None = None
         #: looks at names of files that commands have in them
@@ -207,6 +208,7 @@ class JobControl:
         job.on_change = partial(self._changed, verb)
         self._plan = plan
         self._recorded = Recorded(job, disk.layers[0], plan.describe, self._journal_lock, found)
+        self.jobs.pop(verb, None)
         self.jobs[verb] = job
         self._nursery.start_soon(self._recorded.run)
         # whoever gave the command reads the job file next

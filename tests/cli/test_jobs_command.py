@@ -95,7 +95,18 @@ def test_a_job_can_be_waited_for_again(mount: Mounts, chain: Path) -> None:
     output, errors = waiter.communicate(timeout=PATIENCE)
     assert (waiter.returncode, errors) == (0, "")
     assert output.endswith("stream: completed, 100.0 % of 8 MiB\n")
-    assert "no job is active" in refusal(cowfs("job", flat, "wait"))
+    # who comes late learns of the outcome as well
+    assert ok(cowfs("job", flat, "wait")) == "stream: completed, 100.0 % of 8 MiB\n"
+
+
+def test_who_waits_for_a_job_that_is_over_gets_the_outcome_of_the_last(mount: Mounts, chain: Path) -> None:
+    mounted = mount(chain)
+    flat = mounted.flat("vm")
+    assert "no job has been started on this disk" in refusal(cowfs("job", flat, "wait"))
+    for verb in ("stream", "commit", "stream"):
+        ok(cowfs(verb, "--no-wait", "--speed", "1k", flat))
+        ok(cowfs("job", flat, "cancel"))
+        assert refusal(cowfs("job", "-q", flat, "wait")).endswith(f": the {verb} job was cancelled")
 
 
 def test_the_outcome_of_a_job_is_that_of_who_waits(mount: Mounts, chain: Path) -> None:
@@ -252,8 +263,8 @@ def test_the_bar_has_bytes_rate_and_time_left_and_ctrl_c_leaves_the_job_running(
     assert mounted.job_ended("vm", "stream")["state"] == "completed"
     assert before < SIZE
     with terminal("job", flat, "wait") as again:
-        assert again.end() == 1
-        assert "no job is active on this disk" in again.text
+        assert again.end() == 0
+        assert "8.0/8.0 MiB" in again.text
 
 
 # -- add and remove

@@ -11,6 +11,7 @@ from commandline import ok, qemu_img, qemu_io
 from steadysteps import steady_steps
 
 from cowfs.block.disk import Disk
+from cowfs.block.extent import Kind
 from cowfs.block.layer import Layer
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import Stale, UsageError
@@ -220,6 +221,49 @@ async def test_a_job_that_is_ready_can_be_cancelled(tmp_path: Path) -> None:
         assert await disk.read(0, disk.size, 1) != writer.model
     assert view(files.top, "qcow2") == writer.model
     files.check(1)
+
+
+class Watched(Commit):
+    """A commit that notes how far it says that it is, of how many layers, and whether the disk's start is dropped."""
+
+    def __init__(self, disk: Disk, base: Layer) -> None:
+        super().__init__(disk, base=base)
+        self.seen: list[tuple[int, int, bool]] = []
+
+    async def advance(self, offset: int, copied: int) -> None:
+        await super().advance(offset, copied)
+        first = (await self.disk.layers[0].map(0, CLUSTER))[0]
+        self.seen.append((self.offset, len(self.disk.layers), first.kind is Kind.UNALLOCATED))
+
+
+async def test_what_lies_between_is_the_first_half_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady_steps(monkeypatch, CLUSTER)
+    files = ChainFiles(tmp_path, PLAIN[:3])
+    async with files.opened() as disk:
+        job = Watched(disk, layer(disk, 0))
+        await completed(job)
+        between = [offset for offset, layers, _ in job.seen if layers == 3]
+        drained = [offset for offset, layers, _ in job.seen if layers == 2]
+    assert len(set(between)) > 10
+    assert len(set(drained)) > 10
+    assert between == sorted(between)
+    assert drained == sorted(drained)
+    assert between[-1] == SIZE // 2 <= drained[0]
+    assert drained[-1] == SIZE
+    assert view(files.top, "qcow2") == files.views[-1]
+
+
+async def test_a_slow_commit_drops_what_it_has_copied_before_that_is_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steady_steps(monkeypatch, CLUSTER)
+    monkeypatch.setattr(commit, "BATCH_SECONDS", 0)
+    files = ChainFiles(tmp_path, PLAIN[:2])
+    async with files.opened() as disk:
+        await disk.write(0, files.views[-1])
+        job = Watched(disk, layer(disk, 0))
+        await completed(job)
+    assert [dropped for offset, _, dropped in job.seen if 0 < offset < SIZE].count(False) <= 1
 
 
 class Growing(Commit):

@@ -11,7 +11,9 @@ from cowfs.jobs.control import KINDS, progress
 
 def facts(served: Served) -> dict[str, Any]:
     """Return the same as ``status``, with the chain, the jobs and the counters; sizes in bytes."""
-    disk = served.disk
+    disk, jobs = served.disk, served.jobs.jobs
+    # the last started first
+    verbs = [*reversed(jobs), *(verb for verb in KINDS if verb not in jobs)]
     return {
         "name": served.name,
         "file": served.file,
@@ -33,7 +35,7 @@ def facts(served: Served) -> dict[str, Any]:
             }
             for depth, layer in enumerate(disk.layers)
         ],
-        "jobs": {verb: progress(served.jobs.jobs.get(verb)) for verb in KINDS},
+        "jobs": {verb: progress(jobs.get(verb)) for verb in verbs},
         "stats": stats.counters(served),
     }
 
