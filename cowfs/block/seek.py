@@ -5,8 +5,8 @@ import trio
 from cowfs.block.chain import Chain
 from cowfs.block.extent import Kind
 
-#: bytes that are looked at first
-WINDOW = 16 << 20
+#: bytes that are looked at first: little, since where a disk is in pieces the answer is near
+WINDOW = 1 << 20
 #: times that by which each window is larger than the one before
 GROWTH = 4
 #: bytes looked at in one step, and clusters: so many extents are made at once, while everything else waits

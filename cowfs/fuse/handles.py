@@ -3,7 +3,6 @@
 import errno
 import os
 import select
-from functools import partial
 
 import pyfuse3
 
@@ -92,23 +91,28 @@ class FlatHandle(Handle):
 
     async def seek(self, offset: int, whence: int) -> int:
         """Look again where the kernel had something to write: it asks for holes without having told of that."""
-        disk, launder = self.served.disk, partial(self.served.launder, self.node.inode)
+        disk, written = self.served.disk, self.served.disk.stats.writes
         found = await _seek(disk, offset, whence)
         if not self.served.writers:
             return _present(found)
         if whence == os.SEEK_DATA:
-            if found != offset:
-                await launder(offset, (disk.size if found is None else found) - offset)
+            end = disk.size if found is None else found
+            if offset < end and await self._launder(offset, end - offset, written):
                 found = await _seek(disk, offset, whence)
             return _present(found)
         hole, length = _present(found), LAUNDERED
-        while hole < disk.size:
-            await launder(hole, length)
+        while hole < disk.size and await self._launder(hole, length, written):
+            written = disk.stats.writes
             found = await next_hole(disk, hole)
             if found == hole:
                 break
             hole, length = found, 2 * length
         return hole
+
+    async def _launder(self, offset: int, length: int, written: int) -> bool:
+        """Have the kernel write what it keeps of a range; whether there were writes, wherever, beyond so many."""
+        await self.served.launder(self.node.inode, offset, length)
+        return self.served.disk.stats.writes != written
 
     def close(self) -> None:
         """The image may be removed once nobody has it open."""

@@ -14,6 +14,7 @@ from cowfs.block.disk import Disk
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
+from cowfs.block.owners import Piece
 from cowfs.errors import StorageError
 from cowfs.formats import qcow2, qed
 from cowfs.formats.raw import RawImage
@@ -343,6 +344,21 @@ async def test_holes_and_data_of_a_chain() -> None:
         assert await seek.next_data(s.disk, 0, 1) == 0
         assert await seek.next_data(s.disk, 4 * CLUSTER, 1) is None
         assert await seek.next_hole(s.disk, 0, 1) == 4 * CLUSTER
+
+
+async def test_a_hole_that_is_near_is_found_without_looking_at_what_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stack() as s:
+        await s.disk.discard(CLUSTER, CLUSTER)
+        looked: list[int] = []
+        resolve = s.disk.resolve
+
+        async def watched(offset: int, length: int, depth: int, *, holes: bool) -> list[Piece]:
+            looked.append(length)
+            return await resolve(offset, length, depth, holes=holes)
+
+        monkeypatch.setattr(s.disk, "resolve", watched)
+        assert await seek.next_hole(s.disk, 0) == CLUSTER
+        assert looked == [SIZE // 2]
 
 
 async def test_holes_in_windows_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
