@@ -10,7 +10,7 @@ import cowfs
 
 _PACKAGE = Path(cowfs.__file__).parent
 #: lowest first; a module may import its own layer and those before it
-_ORDER = ("errors", "units", "storage", "block", "formats", "jobs", "fuse", "cli")
+_ORDER = ("errors", "lazy", "units", "storage", "block", "formats", "jobs", "fuse", "cli")
 _MODULES = sorted(_PACKAGE.rglob("*.py"))
 
 

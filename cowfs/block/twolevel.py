@@ -7,11 +7,11 @@ Host space that a change lets go of is handed back only when the change is durab
 might have looked the old place up before.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from cowfs.block.alignment import align_up
 from cowfs.block.extent import NO_OFFSET, Extent, Kind, continues, merge
@@ -19,6 +19,11 @@ from cowfs.block.image import Image, Reservation, Run
 from cowfs.block.metacache import MetadataCache, Table
 from cowfs.block.quiescence import Mark, Readers
 from cowfs.errors import CorruptImage, CowfsError, Unsupported
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from cowfs.lazy import np
 
 #: references that were given up in memory and wait for a flush
 MAX_DROPPED = 1 << 16

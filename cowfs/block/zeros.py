@@ -1,10 +1,15 @@
 """Finding the zeros in data, fast."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from cowfs.lazy import np
 
 
 class Stretch(NamedTuple):

@@ -1,6 +1,7 @@
 """The server of one mount, from opening the images to the last flush."""
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -161,6 +162,9 @@ class _Server:
         except BrokenPipeError:
             log.error("%s: ending, since the command that mounted was interrupted", where)
             pyfuse3.terminate()
+        if not self._mount.settings.read_only:
+            # the first write will need it, and should not wait for it
+            await trio.to_thread.run_sync(importlib.import_module, "numpy", abandon_on_cancel=True)
 
     async def _await_signal(self, signals: AsyncIterator[int]) -> None:
         """The first signal ends the mount in order, a second one at once."""

@@ -1,9 +1,16 @@
 """Refcount blocks as arrays of counts ("Host cluster management"), whatever the width of a count is."""
 
-import numpy as np
-import numpy.typing as npt
+from __future__ import annotations
 
-Counts = npt.NDArray[np.unsignedinteger]
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from cowfs.lazy import np
+
+Counts: TypeAlias = "npt.NDArray[np.unsignedinteger]"
 
 
 def unpack_counts(block: bytes, order: int) -> Counts:

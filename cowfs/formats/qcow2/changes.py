@@ -3,10 +3,10 @@
 Names, ids and what the table says are those of ``qemu-img snapshot``.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from cowfs.block.metacache import Level, Table
 from cowfs.errors import CorruptImage, Unsupported, UsageError
@@ -16,7 +16,11 @@ from cowfs.formats.qcow2.overhaul import Entries, Overhaul, overhaul
 from cowfs.formats.qcow2.snapshots import find_snapshot, new_entry, read_snapshots
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cowfs.formats.qcow2.image import Qcow2Image
+else:
+    from cowfs.lazy import np
 
 #: bytes of a snapshot's name; QEMU cuts longer ones off
 MAX_NAME = 255
@@ -25,7 +29,7 @@ _SECTOR = 512
 _ALL_ALLOCATED = (1 << 32) - 1
 
 
-async def show_snapshot(image: "Qcow2Image", text: str) -> None:
+async def show_snapshot(image: Qcow2Image, text: str) -> None:
     """Map by the L1 table of a snapshot."""
     found, _ = await read_snapshots(image.storage, image.header)
     snapshot = found[find_snapshot(found, text, by_id=True)]
@@ -41,7 +45,7 @@ async def show_snapshot(image: "Qcow2Image", text: str) -> None:
     image.size = size
 
 
-async def create_snapshot(image: "Qcow2Image", name: str, date: tuple[int, int]) -> None:
+async def create_snapshot(image: Qcow2Image, name: str, date: tuple[int, int]) -> None:
     """Keep the disk as it is now under a name; ``date`` is in seconds and nanoseconds.
 
     Raises `Unsupported` where the image cannot hold one more, `UsageError` for a name that is too long.
@@ -64,7 +68,7 @@ async def create_snapshot(image: "Qcow2Image", name: str, date: tuple[int, int])
     await overhaul(image, work)
 
 
-async def apply_snapshot(image: "Qcow2Image", text: str) -> None:
+async def apply_snapshot(image: Qcow2Image, text: str) -> None:
     """Make the disk what it was, size included, when a snapshot, by id or name, was made. Raises `NotFound`."""
 
     async def work(change: Overhaul) -> None:
@@ -86,7 +90,7 @@ async def apply_snapshot(image: "Qcow2Image", text: str) -> None:
     await overhaul(image, work)
 
 
-async def delete_snapshot(image: "Qcow2Image", name: str) -> None:
+async def delete_snapshot(image: Qcow2Image, name: str) -> None:
     """Forget the first snapshot of a name. Raises `NotFound`."""
 
     async def work(change: Overhaul) -> None:
@@ -99,7 +103,7 @@ async def delete_snapshot(image: "Qcow2Image", name: str) -> None:
     await overhaul(image, work)
 
 
-async def shrink(image: "Qcow2Image", size: int) -> None:
+async def shrink(image: Qcow2Image, size: int) -> None:
     """Cut the disk off after ``size`` bytes; snapshots keep what they have of the rest.
 
     Raises `Unsupported` for version 2 with snapshots, whose sizes that version does not record.

@@ -5,11 +5,12 @@ remembered of each host cluster (its count on disk, the references to it, what r
 with the image.
 """
 
+from __future__ import annotations
+
 from array import array
 from enum import IntFlag
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from cowfs.block.check import CheckResult
@@ -33,16 +34,22 @@ from cowfs.formats.qcow2.layout import (
 from cowfs.formats.qcow2.snapshots import read_snapshots
 from cowfs.storage.base import Storage
 
-Entries = npt.NDArray[np.uint64]
-Clusters = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from cowfs.lazy import np
+
+Entries: TypeAlias = "npt.NDArray[np.uint64]"
+Clusters: TypeAlias = "npt.NDArray[np.int64]"
+Flags: TypeAlias = "npt.NDArray[np.bool_]"
 
 #: host clusters; more cannot be counted in reasonable memory
 MAX_CLUSTERS = 1 << 30
 #: host clusters that are compared in one step
 _WINDOW = 1 << 20
-#: type of a reference count by the log2 of its bits
-_COUNT_TYPES = (np.uint8, np.uint8, np.uint8, np.uint8, np.uint16, np.uint32, np.uint64)
+#: bytes that hold a reference count, by the log2 of its bits
+_COUNT_SIZES = (1, 1, 1, 1, 2, 4, 8)
 
 
 class Use(IntFlag):
@@ -69,7 +76,7 @@ async def survey(
     refcount_table: Table,
     *,
     count_refcounts: bool = True,
-) -> "Survey":
+) -> Survey:
     """Like `check`, with all that was learned. ``count_refcounts`` False leaves refcount table and blocks out."""
     found = Survey(storage, header, tables, l1, refcount_table)
     await found.run(count_refcounts=count_refcounts)
@@ -145,7 +152,7 @@ class Survey:
         entries = np.frombuffer(self.refcount_table.entries, np.uint64)
         covered = (int(np.flatnonzero(entries)[-1]) + 1) * self.per_block if entries.any() else 0
         length = max(self.clusters + 1, min(covered, MAX_CLUSTERS))
-        return np.zeros(length, _COUNT_TYPES[self.header.refcount_order])
+        return np.zeros(length, np.dtype(f"u{_COUNT_SIZES[self.header.refcount_order]}"))
 
     async def _load_counts(self) -> None:
         for index in np.flatnonzero(np.frombuffer(self.refcount_table.entries, np.uint64)).tolist():
@@ -235,7 +242,7 @@ class Survey:
         table = await self.tables.read(offset, entries * 8, "Q", "L1 table of a snapshot")
         await self._count_l1(offset, table, active=False)
 
-    async def _count_l1(self, offset: int, entries: "array[int]", *, active: bool) -> None:
+    async def _count_l1(self, offset: int, entries: array[int], *, active: bool) -> None:
         self._count_area(offset, len(entries) * 8, Use.FIXED)
         for index in np.flatnonzero(np.frombuffer(entries, np.uint64)).tolist():
             entry = entries[index]

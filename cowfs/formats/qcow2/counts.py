@@ -4,15 +4,22 @@ What is on disk stays as it is; changes are kept beside it, so that both are kno
 Clusters are host cluster numbers.
 """
 
-import numpy as np
-import numpy.typing as npt
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
 
 from cowfs.errors import CorruptImage, Unsupported
 from cowfs.formats.qcow2.blocks import unpack_counts
 from cowfs.formats.qcow2.layout import REFCOUNT_BLOCK_MASK, Header
 from cowfs.storage.base import Storage
 
-Clusters = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from cowfs.lazy import np
+
+Clusters: TypeAlias = "npt.NDArray[np.int64]"
 
 #: host clusters; more cannot be held in reasonable memory
 MAX_CLUSTERS = 1 << 30
@@ -30,7 +37,7 @@ class CountChanges:
         self._singles: list[int] = []
 
     @classmethod
-    async def read(cls, storage: Storage, header: Header, table: npt.NDArray[np.uint64]) -> "CountChanges":
+    async def read(cls, storage: Storage, header: Header, table: npt.NDArray[np.uint64]) -> CountChanges:
         """Read all blocks of a refcount table. Raises `CorruptImage` for one that is in no place for it."""
         per_block = 8 * header.cluster_size >> header.refcount_order
         blocks: dict[int, npt.NDArray[np.unsignedinteger]] = {}

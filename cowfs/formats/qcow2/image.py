@@ -1,11 +1,11 @@
 """The qcow2 driver: what its entries mean and where its clusters come from; the rest is `TwoLevelImage`."""
 
+from __future__ import annotations
+
 from array import array
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from cowfs.block.check import CheckResult, Repair
@@ -38,6 +38,12 @@ from cowfs.formats.qcow2.refcounts import Refcounts
 from cowfs.formats.qcow2.repair import check_and_repair
 from cowfs.formats.qcow2.snapshots import read_snapshots
 from cowfs.storage.base import Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from cowfs.lazy import np
 
 #: bytes of unpacked clusters that one image remembers
 UNPACKED_BYTES = 4 << 20

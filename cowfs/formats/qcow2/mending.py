@@ -5,11 +5,11 @@ table that is not the tables' alone) is written behind the end of the file, and 
 file is written that leads to it.
 """
 
+from __future__ import annotations
+
 import sys
 from array import array
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from cowfs.block.check import CheckResult
 from cowfs.errors import CorruptImage
@@ -27,7 +27,11 @@ from cowfs.formats.qcow2.layout import (
 from cowfs.formats.qcow2.snapshots import read_snapshots
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cowfs.formats.qcow2.image import Qcow2Image
+else:
+    from cowfs.lazy import np
 
 #: bytes of mended tables that wait for a flush before they are written
 _BATCH = 16 << 20
@@ -35,7 +39,7 @@ _ALL_BITS = (1 << 64) - 1
 _ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 
 
-def packed(entries: "array[int] | Entries") -> bytes:
+def packed(entries: array[int] | Entries) -> bytes:
     """Return a table of 64-bit entries as it stands on disk."""
     table = array("Q", entries.tobytes())
     if sys.byteorder != "big":
@@ -46,7 +50,7 @@ def packed(entries: "array[int] | Entries") -> bytes:
 class Mending:
     """One walk over all tables; ``found`` says what refers to each cluster, ``result`` is told what is fixed."""
 
-    def __init__(self, image: "Qcow2Image", found: Survey, result: CheckResult) -> None:
+    def __init__(self, image: Qcow2Image, found: Survey, result: CheckResult) -> None:
         self.storage = image.storage
         self.header = image.header
         self.tables = image.tables
@@ -95,7 +99,7 @@ class Mending:
 
     # -- L1
 
-    async def _mend_l1(self, offset: int, entries: "array[int]") -> None:
+    async def _mend_l1(self, offset: int, entries: array[int]) -> None:
         changed = False
         for index in np.flatnonzero(np.frombuffer(entries, np.uint64)).tolist():
             entry = entries[index]

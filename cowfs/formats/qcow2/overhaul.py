@@ -7,12 +7,12 @@ it is durable the header switches over, and the old metadata, already counted as
 A power cut leaves the old or the new state, whole, and not even leaks.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from cowfs.block.freespace import FreeRuns
@@ -36,15 +36,17 @@ from cowfs.formats.qcow2.snapshots import Snapshot, read_snapshots
 from cowfs.storage.base import Storage
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from cowfs.formats.qcow2.image import Qcow2Image
+else:
+    from cowfs.lazy import np
 
-Entries = npt.NDArray[np.uint64]
-
-_MASK = np.uint64(OFFSET_MASK)
-_COPIED = np.uint64(COPIED)
+Entries: TypeAlias = "npt.NDArray[np.uint64]"
 
 
-async def overhaul(image: "Qcow2Image", work: "Callable[[Overhaul], Awaitable[None]]") -> None:
+async def overhaul(image: Qcow2Image, work: Callable[[Overhaul], Awaitable[None]]) -> None:
     """Let ``work`` change the metadata of an image, then switch over to what it made of it.
 
     The caller keeps everybody else from changing the image; readers may go on. If anything is raised, nothing has
@@ -106,7 +108,7 @@ class Overhaul:
         self._switching = False
 
     @classmethod
-    async def begin(cls, storage: Storage) -> "Overhaul":
+    async def begin(cls, storage: Storage) -> Overhaul:
         """Read everything but L2 tables. Raises `CorruptImage` if that makes no sense."""
         sector = await storage.read_bytes(0, SECTOR)
         size = 1 << int.from_bytes(sector[20:24], "big")
@@ -133,7 +135,7 @@ class Overhaul:
     @staticmethod
     def tables(l1: Entries) -> list[tuple[int, int]]:
         """L2 tables that an L1 table refers to: index in L1, host offset."""
-        return [(index, int(l1[index]) & OFFSET_MASK) for index in np.flatnonzero(l1 & _MASK).tolist()]
+        return [(index, int(l1[index]) & OFFSET_MASK) for index in np.flatnonzero(l1 & np.uint64(OFFSET_MASK)).tolist()]
 
     async def read_table(self, offset: int) -> Entries:
         """Entries of an L2 table."""
@@ -145,7 +147,7 @@ class Overhaul:
         """Host clusters that the entries of an L2 table refer to, one as often as it is referred to."""
         entries = table[:: self.words]
         packed = entries & np.uint64(COMPRESSED) != 0
-        hosts = np.where(packed, np.uint64(0), entries & _MASK)
+        hosts = np.where(packed, np.uint64(0), entries & np.uint64(OFFSET_MASK))
         if (hosts & np.uint64(self.size - 1)).any():
             raise CorruptImage("data is not aligned to a cluster; check the image")
         parts = [(hosts[hosts != 0] >> np.uint64(self.bits)).astype(np.int64)]
@@ -174,18 +176,18 @@ class Overhaul:
             if not np.array_equal(wanted, table):
                 self.counts.add_area(offset, self.size, self.bits, -references)
                 self.l1[index] = await self.write_table(wanted, references)
-        used = np.flatnonzero(self.l1 & _MASK)
-        hosts = self.l1[used] & _MASK
+        used = np.flatnonzero(self.l1 & np.uint64(OFFSET_MASK))
+        hosts = self.l1[used] & np.uint64(OFFSET_MASK)
         single = self.counts.of((hosts >> np.uint64(self.bits)).astype(np.int64)) == 1
-        self.l1[used] = hosts | np.where(single, _COPIED, np.uint64(0))
+        self.l1[used] = hosts | np.where(single, np.uint64(COPIED), np.uint64(0))
 
     def _flagged(self, table: Entries) -> Entries:
         wanted = table.copy()
         entries = wanted[:: self.words]
-        places = np.flatnonzero((entries & _MASK != 0) & (entries & np.uint64(COMPRESSED) == 0))
-        clusters = ((entries[places] & _MASK) >> np.uint64(self.bits)).astype(np.int64)
+        places = np.flatnonzero((entries & np.uint64(OFFSET_MASK) != 0) & (entries & np.uint64(COMPRESSED) == 0))
+        clusters = ((entries[places] & np.uint64(OFFSET_MASK)) >> np.uint64(self.bits)).astype(np.int64)
         single = self.counts.of(clusters) == 1
-        entries[places] = entries[places] & ~_COPIED | np.where(single, _COPIED, np.uint64(0))
+        entries[places] = entries[places] & ~np.uint64(COPIED) | np.where(single, np.uint64(COPIED), np.uint64(0))
         return wanted
 
     async def write_table(self, table: Entries, references: int = 1) -> int:

@@ -4,17 +4,23 @@ QEMU compares the place of every write with that of the metadata; here every L2 
 memory, since what is entered later comes from an allocator that hands nothing out twice.
 """
 
-from array import array
+from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from array import array
+from typing import TYPE_CHECKING, TypeAlias
 
 from cowfs.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, Header
 
-Clusters = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from cowfs.lazy import np
+
+Clusters: TypeAlias = "npt.NDArray[np.int64]"
 
 
-def complaint(table: "array[int]", header: Header, metadata: Clusters) -> str | None:
+def complaint(table: array[int], header: Header, metadata: Clusters) -> str | None:
     """Say what is wrong with an L2 table; ``metadata`` are clusters that hold some, in ascending order."""
     clusters = _data_clusters(np.frombuffer(table, np.uint64)[:: header.entry_words], header.cluster_bits)
     if not len(clusters):

@@ -5,12 +5,13 @@ stretch of host clusters. Counts on disk may be too high after a crash (leaks), 
 them before what refers to the clusters, and a count goes down only after the reference is gone on disk.
 """
 
+from __future__ import annotations
+
 import errno
 from array import array
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from cowfs.block.freespace import FreeRuns
@@ -19,6 +20,12 @@ from cowfs.errors import CorruptImage, StorageError
 from cowfs.formats.qcow2.blocks import Counts, unpack_counts
 from cowfs.formats.qcow2.layout import MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, Header
 from cowfs.storage.base import Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    from cowfs.lazy import np
 
 #: clusters that are searched for free ones before the file grows
 SEARCH_CLUSTERS = 1 << 15

@@ -12,10 +12,10 @@ What can be read keeps its content. A crash at any moment leaves an image that c
 6. the marks are taken off, if a second check finds nothing wrong.
 """
 
+from __future__ import annotations
+
 from array import array
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.metacache import Level, Table
@@ -43,7 +43,11 @@ from cowfs.formats.qcow2.layout import (
 from cowfs.formats.qcow2.mending import Mending, packed
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cowfs.formats.qcow2.image import Qcow2Image
+else:
+    from cowfs.lazy import np
 
 _ALL_BITS = (1 << 64) - 1
 #: places of header fields
@@ -52,7 +56,7 @@ _INCOMPATIBLE_AT = 72
 _AUTOCLEAR_AT = 88
 
 
-async def check_and_repair(image: "Qcow2Image", how: Repair) -> CheckResult:
+async def check_and_repair(image: Qcow2Image, how: Repair) -> CheckResult:
     """Put right what ``how`` says, and check again; nothing else is under way on the image.
 
     Raises `CorruptImage` where the image is too damaged to be walked, or the storage's error.
@@ -72,7 +76,7 @@ async def check_and_repair(image: "Qcow2Image", how: Repair) -> CheckResult:
 
 
 class _Repair:
-    def __init__(self, image: "Qcow2Image", how: Repair) -> None:
+    def __init__(self, image: Qcow2Image, how: Repair) -> None:
         self.image = image
         self.storage = image.storage
         self.header = image.header

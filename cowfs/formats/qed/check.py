@@ -4,12 +4,12 @@ What is counted, and how, is what ``qemu-img check`` does. Besides the table tha
 cluster of the file is kept.
 """
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from cowfs.block.check import CheckResult
@@ -18,12 +18,17 @@ from cowfs.formats.qed.layout import ZERO_CLUSTER
 from cowfs.formats.qed.space import Space
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from cowfs.formats.qed.image import QedImage
+else:
+    from cowfs.lazy import np
 
 #: entries of a table: host offsets in bytes
-Entries = npt.NDArray[np.uint64]
+Entries: TypeAlias = "npt.NDArray[np.uint64]"
 #: cluster numbers
-Clusters = npt.NDArray[np.int64]
+Clusters: TypeAlias = "npt.NDArray[np.int64]"
 Runs = list[tuple[int, int]]
 
 #: host clusters; more cannot be kept track of in reasonable memory
@@ -32,7 +37,7 @@ MAX_CLUSTERS = 1 << 33
 _WINDOW = 1 << 16
 
 
-def entries_of(table: "array[int]") -> Entries:
+def entries_of(table: array[int]) -> Entries:
     """View a table's entries as numpy does, without copying."""
     return np.frombuffer(table, np.uint64)
 
@@ -103,7 +108,7 @@ class Scan(NamedTuple):
     dangling: int
 
 
-async def check(image: "QedImage") -> CheckResult:
+async def check(image: QedImage) -> CheckResult:
     """Look for what ``qemu-img check`` looks for; changes nothing."""
     storage = image.storage
     end = storage.length >> image.cluster_bits if storage.read_only else image.space.end
@@ -114,7 +119,7 @@ async def check(image: "QedImage") -> CheckResult:
     return found.result
 
 
-async def scan(image: "QedImage", end: int) -> Scan:
+async def scan(image: QedImage, end: int) -> Scan:
     """Walk over all tables of an image whose file has ``end`` whole clusters. Nothing else may be under way."""
     walk = _Walk(image, end)
     await walk.run()
@@ -122,7 +127,7 @@ async def scan(image: "QedImage", end: int) -> Scan:
 
 
 class _Walk:
-    def __init__(self, image: "QedImage", end: int) -> None:
+    def __init__(self, image: QedImage, end: int) -> None:
         self.image = image
         self.bits = image.cluster_bits
         self.end = end
@@ -190,7 +195,7 @@ class _Walk:
         return (offsets >> np.uint64(self.bits)).astype(np.int64)
 
 
-def are_inside(image: "QedImage", offsets: Entries, size: int, end: int) -> npt.NDArray[np.bool_]:
+def are_inside(image: QedImage, offsets: Entries, size: int, end: int) -> npt.NDArray[np.bool_]:
     """Which offsets are aligned, with ``size`` clusters between the header and the cluster ``end``."""
     clusters = (offsets >> np.uint64(image.cluster_bits)).astype(np.int64)
     inside: npt.NDArray[np.bool_] = (clusters >= image.header.header_size) & (clusters <= end - size)

@@ -9,12 +9,12 @@ L2 tables need adjacent clusters, so they go first, each into a window that data
 bit a cluster, and a table.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from cowfs.errors import CorruptImage
@@ -22,13 +22,18 @@ from cowfs.formats.qed.check import Clusters, ClusterSet, Scan, entries_of, scan
 from cowfs.formats.qed.space import Space
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from cowfs.formats.qed.image import QedImage
+else:
+    from cowfs.lazy import np
 
 #: bytes copied at once
 COPY_BYTES = 1 << 20
 
 
-async def compact(image: "QedImage") -> None:
+async def compact(image: QedImage) -> None:
     """Leave no free clusters; nothing else but readers is under way.
 
     Raises `CorruptImage`, changing nothing, if the image is damaged.
@@ -51,7 +56,7 @@ async def compact(image: "QedImage") -> None:
     image.knows_free = True
 
 
-async def _scan(image: "QedImage") -> Scan:
+async def _scan(image: QedImage) -> Scan:
     found = await scan(image, image.space.end)
     if found.result.corruptions:
         raise CorruptImage(
@@ -62,7 +67,7 @@ async def _scan(image: "QedImage") -> Scan:
 
 
 class _Compaction:
-    def __init__(self, image: "QedImage") -> None:
+    def __init__(self, image: QedImage) -> None:
         self.image = image
         self.bits = image.cluster_bits
         self.table_size = image.header.table_size

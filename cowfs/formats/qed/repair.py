@@ -6,9 +6,9 @@ read from there, and the format counts no references. Leaks are given back by co
 An L2 table whose clusters have another user stays as it is: it may be data that a wrong L1 entry takes for a table.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
 from cowfs.block.check import CheckResult, Repair
 from cowfs.formats.qed.check import Entries, Scan, are_inside, check, entries_of, scan
@@ -16,10 +16,14 @@ from cowfs.formats.qed.layout import ZERO_CLUSTER
 from cowfs.formats.qed.space import Space
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cowfs.formats.qed.image import QedImage
+else:
+    from cowfs.lazy import np
 
 
-async def check_and_repair(image: "QedImage", how: Repair) -> CheckResult:
+async def check_and_repair(image: QedImage, how: Repair) -> CheckResult:
     """Put right what ``how`` says, and check again; nothing else is under way on the image.
 
     The need-check bit is on disk before the first change, and taken off when nothing is wrong any more.
@@ -36,7 +40,7 @@ async def check_and_repair(image: "QedImage", how: Repair) -> CheckResult:
     return (await check(image)).after(done)
 
 
-async def drop_wrong_entries(image: "QedImage", done: CheckResult) -> None:
+async def drop_wrong_entries(image: QedImage, done: CheckResult) -> None:
     """Drop all entries that point to where nothing can be, durably; the need-check bit is on disk."""
     end = image.space.end
     entries = entries_of(image.l1.entries)
@@ -61,7 +65,7 @@ async def drop_wrong_entries(image: "QedImage", done: CheckResult) -> None:
     await image.tables.flush()
 
 
-async def _shared_tables(image: "QedImage", offsets: Entries, end: int) -> set[int]:
+async def _shared_tables(image: QedImage, offsets: Entries, end: int) -> set[int]:
     """Offsets of those L2 tables of which something else refers to a cluster: L1, another table, an entry for data."""
     bits, size = image.cluster_bits, image.header.table_size
     places = (offsets >> np.uint64(bits)).astype(np.int64)[:, np.newaxis] + np.arange(size)
@@ -75,7 +79,7 @@ async def _shared_tables(image: "QedImage", offsets: Entries, end: int) -> set[i
     return set(offsets[np.isin(places, clusters[shared]).any(axis=1)].tolist())
 
 
-async def _give_back(image: "QedImage", found: Scan, done: CheckResult) -> None:
+async def _give_back(image: QedImage, found: Scan, done: CheckResult) -> None:
     """Leave no free clusters, and no need-check bit."""
     leaks = found.used.count_free()
     image.adopt(found)
