@@ -1,81 +1,133 @@
-"""A faster loop for pyfuse3.
+"""A faster way for pyfuse3's tasks to wait for requests.
 
-On small requests pyfuse3's loop costs more than the work: each takes a turn of trio's scheduler for its lock and
-another to wait for the device. pyfuse3 keeps trio in a module global, which its own asyncio adapter replaces. The
-stand-in here differs from trio in two names: a wait for a device that is readable already returns at once, and a
-lock that is free is taken without giving way.
+On small requests pyfuse3's loop costs more than the work: before each, a task takes a lock and waits for the device,
+which are two turns of trio's scheduler. All of that is one function of pyfuse3, ``_wait_fuse_readable``, which its
+loop finds by its name; `Waiting.readable` goes in its place. As long as requests are there, the task that answered one
+takes the next at once, and no other task is woken; only if it suspends in the middle of a request another one is, to
+wait for the next.
+
+pyfuse3 starts another task whenever none waits in its own function, up to a bound. Now that is always so; so there soon
+are as many as the bound allows, and all but a few sleep. Where pyfuse3 has no such function any more, it is left alone,
+and is slower.
 """
 
+import logging
 import select
-from types import TracebackType
-from typing import Any
+from pathlib import Path
 
 import pyfuse3
 import trio
 
+log = logging.getLogger(__name__)
+
 #: requests after which everything else gets its turn, however many more are waiting
 TURN = 64
+_NAME = "_wait_fuse_readable"
 
 
-class _Lock:
-    """A lock without checkpoint and without fairness.
+class Waiting(trio.abc.Instrument):
+    """Tasks that wait until a descriptor can be read: one watches it, the others sleep until somebody has to.
 
-    Who releases it may take it again before those who wait for it get their turn: a task that answers its
-    requests without suspending goes on with the next one, and the others wake up only when it does suspend.
+    Belongs to the trio thread.
     """
 
-    def __init__(self) -> None:
-        self._held = False
-        self._waiting = trio.lowlevel.ParkingLot()
-
-    async def __aenter__(self) -> None:
-        while self._held:
-            await self._waiting.park()
-        self._held = True
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._held = False
-        self._waiting.unpark()
-
-
-class _Delegate:
-    """Whatever is not overridden is the other module's."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-class _LowLevel(_Delegate):
-    def __init__(self) -> None:
-        super().__init__(trio.lowlevel)
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
         self._poll = select.poll()
-        self._known: int | None = None
+        self._poll.register(fd, select.POLLIN)
+        # a task watches, or has been woken to
+        self._is_watched = False
+        self._is_over = False
+        # the last to come is the first to go: its buffer is in the processor's cache
+        self._asleep: list[trio.Event] = []
         self._answered = 0
 
-    async def wait_readable(self, fd: int) -> None:
-        if fd != self._known:
-            self._poll = select.poll()
-            self._poll.register(fd, select.POLLIN)
-            self._known = fd
-        self._answered += 1
-        if self._answered < TURN and self._poll.poll(0):
-            return
-        self._answered = 0
-        await trio.lowlevel.wait_readable(fd)
+    async def readable(self) -> bool:
+        """Return True when the descriptor can be read, False if there is nothing more to wait for.
+
+        Whoever gets True is to read before it suspends, since the next one gets it too.
+        """
+        while not self._is_over:
+            if self._answered < TURN and self._poll.poll(0):
+                self._answered += 1
+                return True
+            if self._is_watched:
+                await self._sleep()
+            await self._watch()
+        return False
+
+    async def _watch(self) -> None:
+        self._is_watched = True
+        try:
+            if not self._is_over:
+                await trio.lowlevel.wait_readable(self._fd)
+        except trio.ClosedResourceError:
+            self.end()
+        finally:
+            self._is_watched = False
+            self._answered = 0
+
+    async def _sleep(self) -> None:
+        turn = trio.Event()
+        self._asleep.append(turn)
+        try:
+            await turn.wait()
+        except BaseException:
+            if turn.is_set():
+                self._is_watched = False
+            else:
+                self._asleep.remove(turn)
+            raise
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Have somebody watch, if whoever did is busy with a request that takes longer."""
+        if not self._is_watched and self._asleep:
+            self._is_watched = True
+            self._asleep.pop().set()
+
+    def end(self) -> None:
+        """Let go of all who wait, as there is nothing more to wait for; who watches is let go by trio."""
+        self._is_over = True
+        while self._asleep:
+            self._asleep.pop().set()
 
 
-class _Trio(_Delegate):
+def _session_descriptor() -> int | None:
+    """Return that of the one session that a process can have; pyfuse3 does not tell it."""
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if str(entry.readlink()) == "/dev/fuse":
+                return int(entry.name)
+        except FileNotFoundError:
+            # the one that lists the directory
+            continue
+    return None
+
+
+class Loop:
+    """What answers the requests of pyfuse3's session."""
+
     def __init__(self) -> None:
-        super().__init__(trio)
-        self.lowlevel = _LowLevel()
-        self.Lock = _Lock
+        self._waiting: Waiting | None = None
 
+    async def serve(self) -> None:
+        """Answer until the session ends: ``pyfuse3.main``, faster."""
+        fd, replaced = _session_descriptor(), getattr(pyfuse3, _NAME, None)
+        if fd is None or replaced is None:
+            log.info("pyfuse3 is not as it was: its own loop is used, which is slower")
+            await pyfuse3.main()
+            return
+        self._waiting = Waiting(fd)
+        setattr(pyfuse3, _NAME, self._waiting.readable)
+        trio.lowlevel.add_instrument(self._waiting)
+        try:
+            await pyfuse3.main()
+        finally:
+            trio.lowlevel.remove_instrument(self._waiting)
+            setattr(pyfuse3, _NAME, replaced)
 
-def speed_up() -> None:
-    """Make pyfuse3 use the stand-in, for this process."""
-    pyfuse3.trio = _Trio()  # type: ignore[attr-defined]
+    def terminate(self) -> None:
+        """Have `serve` end, once what is under way has been answered: ``pyfuse3.terminate``."""
+        pyfuse3.terminate()
+        if self._waiting is not None:
+            self._waiting.end()

@@ -19,7 +19,7 @@ from cowfs.fuse import kernel
 from cowfs.fuse.control import MOUNT_FILES
 from cowfs.fuse.descriptors import raise_limit
 from cowfs.fuse.images import Mount, Served, Source
-from cowfs.fuse.loop import speed_up
+from cowfs.fuse.loop import Loop
 from cowfs.fuse.operations import Operations
 from cowfs.fuse.options import Settings
 from cowfs.fuse.shim.requests import Requests
@@ -66,7 +66,6 @@ async def _serve(request: Request, ready: Callable[[], None]) -> int:
 
 
 def _mount(operations: Operations, requests: Requests, request: Request) -> None:
-    speed_up()
     requests.offer()
     with _stderr_kept() as said:
         try:
@@ -118,6 +117,7 @@ class _Server:
         self._requests = requests
         self._tree = operations.tree
         self._ready = ready
+        self._loop = Loop()
         self._announced = False
         self._overrun: set[FlatFile] = set()
         self._overruns = trio.Event()
@@ -139,7 +139,7 @@ class _Server:
                     self._requests.serve(nursery)
                     nursery.start_soon(self._announce)
                     nursery.start_soon(self._correct_sizes)
-                    await pyfuse3.main()
+                    await self._loop.serve()
                     nursery.cancel_scope.cancel()
             except Exception:
                 log.exception("internal error; the mount ends")
@@ -161,7 +161,7 @@ class _Server:
             self._ready()
         except BrokenPipeError:
             log.error("%s: ending, since the command that mounted was interrupted", where)
-            pyfuse3.terminate()
+            self._loop.terminate()
         if not self._mount.settings.read_only:
             # the first write will need it, and should not wait for it
             await trio.to_thread.run_sync(importlib.import_module, "numpy", abandon_on_cancel=True)
@@ -173,14 +173,14 @@ class _Server:
                 log.info("%s: ending, after signal %d", self._mount.mount_point, number)
                 self._mount.stop_holding()
                 if nursery.child_tasks:
-                    pyfuse3.terminate()
+                    self._loop.terminate()
                 else:
                     nursery.start_soon(self._end)
 
     async def _end(self) -> None:
         for name in list(self._mount.images):
             await self._ask_kernel(kernel.flush_pages, name)
-        pyfuse3.terminate()
+        self._loop.terminate()
 
     async def _ask_kernel(self, call: Callable[..., None], name: str, *args: object) -> None:
         try:

@@ -10,7 +10,7 @@ import sys
 import pyfuse3
 import trio
 
-from cowfs.fuse.loop import speed_up
+from cowfs.fuse.loop import Loop
 
 _DISK = 2
 _ZEROS = bytes(1 << 20)
@@ -57,10 +57,9 @@ class Nothing(pyfuse3.Operations):
 
 def serve() -> None:
     """Serve until unmounted."""
-    speed_up()
     pyfuse3.init(Nothing(int(sys.argv[2])), os.fspath(sys.argv[1]), {"fsname=nothing"})
     try:
-        trio.run(pyfuse3.main)
+        trio.run(Loop().serve)
     finally:
         pyfuse3.close()
 
