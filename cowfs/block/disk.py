@@ -15,7 +15,7 @@ import trio
 
 from cowfs.block.copyonread import Populator
 from cowfs.block.discard import Discarding
-from cowfs.block.extent import Extent, Kind
+from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.moves import SECTOR
 from cowfs.block.owners import Piece
@@ -63,6 +63,12 @@ class Disk(Discarding):
         layers = self.layers
         if offset + length > layers[0].image.size:
             raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
+        place = layers[0].image.place(offset, length)
+        if place != NO_OFFSET:
+            done = layers[0].data_storage.read_now(place, (view,))
+            if done:
+                self._count_read(length)
+            return done
         pieces = self.resolve_now(layers, 0, offset, length)
         if pieces is None:
             return False
@@ -79,8 +85,7 @@ class Disk(Discarding):
                     return False
         if from_below and self._populator is not None:
             self._populator.offer(offset, length)
-        self.stats.reads += 1
-        self.stats.read_bytes += length
+        self._count_read(length)
         return True
 
     async def readinto(self, offset: int, view: memoryview) -> None:
@@ -100,6 +105,9 @@ class Disk(Discarding):
             self.waiting -= 1
         if self.copies_on_read and self._populator is not None and any(map(_fetched, pieces)):
             self._populator.offer(offset, length)
+        self._count_read(length)
+
+    def _count_read(self, length: int) -> None:
         self.stats.reads += 1
         self.stats.read_bytes += length
 
@@ -119,8 +127,17 @@ class Disk(Discarding):
         if not self.lock.is_free(offset, offset + length):
             return False
         top = self.layers[0]
+        if not top.begun or offset < top.image.vetted:
+            return False
+        place = top.image.place(offset, length)
+        if place != NO_OFFSET:
+            self._about_to_write(offset, length)
+            done = top.data_storage.write_now(place, (data,))
+            if done:
+                self._count_write(length)
+            return done
         extents = top.map_now(offset, length)
-        if extents is None or not top.begun or offset < top.image.vetted:
+        if extents is None:
             return False
         for extent in extents:
             if extent.kind is not Kind.DATA:

@@ -102,6 +102,13 @@ class Image(ABC):
         Raises `CorruptImage` for entries that make no sense.
         """
 
+    def place(self, offset: int, length: int) -> int:
+        """Return the host offset of a range that is plain data in one piece, if that is quickly told.
+
+        NO_OFFSET where it is not; `lookup` then says what it is. The hot path asks here first.
+        """
+        return NO_OFFSET
+
     async def map(self, offset: int, length: int) -> list[Extent]:
         """Like `lookup`, loading what is not in memory."""
         extents = self.lookup(offset, length)

@@ -159,6 +159,19 @@ class TwoLevelImage(Image):
             yield Span(l1_index, (offset - start) >> self.cluster_bits, last, offset, stop - offset)
             offset = stop
 
+    def place(self, offset: int, length: int) -> int:
+        """Look at the one entry of a range within a cluster."""
+        within = offset & (self.cluster_size - 1)
+        if within + length > self.cluster_size:
+            return NO_OFFSET
+        index = offset >> self.cluster_bits
+        table_offset = self.table_offset(self.l1.entries[index >> self.table_bits])
+        table = self.tables.get(table_offset) if table_offset else None
+        if table is None:
+            return NO_OFFSET
+        kind, host = self.decode(table.entries[index & ((1 << self.table_bits) - 1)])
+        return host + within if kind is Kind.DATA else NO_OFFSET
+
     def lookup(self, offset: int, length: int) -> list[Extent] | None:
         """Walk the tables that are in memory."""
         index = offset >> self.cluster_bits

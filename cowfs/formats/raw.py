@@ -38,6 +38,10 @@ class RawImage(Image):
         if sentence := self._refusal(head):
             raise NotPermitted(sentence, file=self.storage.name)
 
+    def place(self, offset: int, length: int) -> int:
+        """Where the guest sees it."""
+        return offset
+
     def lookup(self, offset: int, length: int) -> list[Extent]:
         """Everything is data, where the guest sees it."""
         return [Extent(Kind.DATA, offset, length, offset)]

@@ -175,36 +175,46 @@ class Operations(pyfuse3.Operations):
         self._handles[number] = handle
         return number
 
+    def read_now(self, fh: int, off: int, size: int) -> memoryview | None:
+        """Read from a disk what is in memory; the answer is to be used before the next one is asked for."""
+        disk = self._handles[fh].disk
+        if disk is not None:
+            length = min(size, disk.size - off)
+            if 0 < length <= MAX_READ:
+                view = self._scratch[:length]
+                if disk.readinto_now(off, view):
+                    return view
+        return None
+
     async def read(self, fh: int, off: int, size: int) -> Any:
         """Read up to the end of the file; any buffer will do, whatever pyfuse3's stub says."""
         handle = self._handles[fh]
         disk = handle.disk
         if disk is None:
             return await handle.read(off, size)
-        length = min(size, disk.size - off)
-        if length <= 0:
-            return b""
-        if length <= MAX_READ:
-            view = self._scratch[:length]
-            if disk.readinto_now(off, view):
-                return view
-        view = memoryview(bytearray(length))
-        await disk.readinto(off, view)
+        view = memoryview(bytearray(max(0, min(size, disk.size - off))))
+        if view:
+            await disk.readinto(off, view)
         return view
+
+    def write_now(self, fh: int, off: int, buf: bytes) -> int | None:
+        """Write to a disk, if that takes no more than a moment."""
+        handle = self._handles[fh]
+        if handle.disk is None:
+            return None
+        try:
+            return len(buf) if handle.disk.write_now(off, buf) else None
+        except OutOfRange:
+            self.on_overrun(handle.node)
+            raise
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write all of it."""
         handle = self._handles[fh]
-        disk = handle.disk
-        if disk is None:
-            await handle.write(off, buf)
+        if handle.disk is not None:
+            await handle.disk.write(off, buf)
         else:
-            try:
-                if not disk.write_now(off, buf):
-                    await disk.write(off, buf)
-            except OutOfRange:
-                self.on_overrun(handle.node)
-                raise
+            await handle.write(off, buf)
         return len(buf)
 
     async def flush(self, fh: int) -> None:

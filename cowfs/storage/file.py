@@ -159,7 +159,8 @@ class FileStorage(Storage):
                 self._nowait = 0
                 return self.read_now(offset, buffers)
             raise StorageError.from_os(error, file=self.name, doing="cannot read") from error
-        return done == sum(map(len, buffers)) or (offset + done >= self.length and _zero_rest(buffers, done))
+        wanted = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+        return done == wanted or (offset + done >= self.length and _zero_rest(buffers, done))
 
     async def read(self, offset: int, buffers: ReadBuffers) -> None:
         """Fill the buffers in a worker thread."""
@@ -181,9 +182,13 @@ class FileStorage(Storage):
         """Write into the page cache, in as many calls as it takes."""
         if self.read_only:
             raise ReadOnly("is open read-only", file=self.name)
-        total = sum(map(len, buffers))
         try:
-            done = os.pwritev(self._fd, buffers, offset) if len(buffers) <= IOV_MAX else 0
+            if len(buffers) == 1:
+                total = len(buffers[0])
+                done = os.pwrite(self._fd, buffers[0], offset)
+            else:
+                total = sum(map(len, buffers))
+                done = os.pwritev(self._fd, buffers, offset) if len(buffers) <= IOV_MAX else 0
             if done != total:
                 self._write_rest(offset + done, _advance([memoryview(b) for b in buffers], done))
         except OSError as error:

@@ -34,6 +34,10 @@ class ExtendedImage(Qcow2Image):
 
     # -- mapping
 
+    def place(self, offset: int, length: int) -> int:
+        """Entries are of two words, and tell of parts."""
+        return NO_OFFSET
+
     def _lookup_span(self, offset: int, length: int) -> list[Extent] | None:
         """Cluster by cluster, each by its subclusters."""
         bits = self.cluster_bits
