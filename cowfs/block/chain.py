@@ -149,7 +149,7 @@ class Chain:
         with self.readers.inside():
             layers = self.layers
             pieces = await self._resolve(layers, depth, offset, len(view), holes=False)
-            if len(pieces) > 1 and any(layers[found].data_storage.is_remote for found, _ in pieces):
+            if len(pieces) > 1 and any(map(partial(_takes_long, layers), pieces)):
                 await self._read_side_by_side(layers, pieces, offset, view)
                 return pieces
             for found, extent in pieces:
@@ -231,6 +231,11 @@ class Chain:
         """Write zeros into one layer, as data. The caller holds the clusters."""
         for position in range(start, end, _ZERO_STEP):
             await self.write_layer(depth, position, memoryview(bytes(min(_ZERO_STEP, end - position))))
+
+
+def _takes_long(layers: tuple[Layer, ...], piece: Piece) -> bool:
+    """Whether reading a piece is work, or waiting, that others could be done beside: unpacking is done in threads."""
+    return piece.extent.kind is Kind.COMPRESSED or layers[piece.depth].data_storage.is_remote
 
 
 def by_treatment(extents: list[Extent]) -> list[tuple[bool, list[Extent]]]:

@@ -144,6 +144,10 @@ class Image(ABC):
         """Return an offset, not before the given one, up to which nothing is held, as far as that is easy to tell."""
         return offset
 
+    def unpacked(self, extent: Extent) -> bytes | None:
+        """Return what `read_compressed` does, where it is in memory."""
+        return None
+
     async def read_compressed(self, extent: Extent) -> bytes:
         """Unpack the whole cluster that a compressed extent lies in."""
         raise Unsupported(f"{self.format} has no compressed clusters")

@@ -160,14 +160,19 @@ class Layer:
         if kind is Kind.ZERO or kind is Kind.UNALLOCATED:
             fill_zeros(view)
             return True
-        return False
+        unpacked = self.image.unpacked(extent)
+        if unpacked is not None:
+            self._take_part(extent, unpacked, view)
+        return unpacked is not None
+
+    def _take_part(self, extent: Extent, unpacked: bytes, view: memoryview) -> None:
+        within = extent.offset % self.cluster_size
+        view[:] = memoryview(unpacked)[within : within + extent.length]
 
     async def read(self, extent: Extent, view: memoryview) -> None:
         """Fill ``view`` with an extent's content; what is not allocated reads as zeros."""
         if extent.kind is Kind.COMPRESSED:
-            cluster = memoryview(await self.image.read_compressed(extent))
-            within = extent.offset % self.cluster_size
-            view[:] = cluster[within : within + extent.length]
+            self._take_part(extent, await self.image.read_compressed(extent), view)
         elif not self.read_now(extent, view):
             await self.data_storage.read(extent.host_offset, (view,))
 

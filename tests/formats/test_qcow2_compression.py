@@ -1,20 +1,23 @@
 """Compressed clusters of qcow2, written: QEMU reads them, its check finds their references counted rightly."""
 
 import random
+import threading
 import zlib
 from array import array
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import trio
 from commandline import ok, qemu_img
 from imagetools import disk_at, disk_content, image_at, in_memory, qemu_content, qemu_create
+from isal import isal_zlib
 from powercut import RecordingStorage, after_cut
 from storages import Gate, MemoryStorage
 
 from cowfs.block.extent import Kind
 from cowfs.block.layer import Layer
-from cowfs.errors import CowfsError, StorageError
+from cowfs.errors import CorruptImage, CowfsError, StorageError
 from cowfs.formats import qcow2
 from cowfs.formats.qcow2 import compressed
 from cowfs.formats.qcow2.image import Qcow2Image
@@ -70,6 +73,24 @@ def test_deflate_has_the_window_that_qemu_reads_with(size: int) -> None:
     assert compressed.unpack(packed + b"what follows", 0, size) == data
 
 
+@pytest.mark.parametrize("library", [zlib, isal_zlib], ids=["zlib", "isal"])
+def test_both_libraries_inflate_the_same_and_refuse_the_same(
+    library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compressed._inflater is isal_zlib.decompressobj
+    monkeypatch.setattr(compressed, "_inflater", library.decompressobj)
+    monkeypatch.setattr(compressed, "_InflateError", library.error)
+    data = compressible(random.Random(4), 65536, 0.3)
+    packed = compressed.pack(data, 0)
+    assert packed is not None
+    assert compressed.unpack(packed, 0, 65536) == data
+    # also where the sector goes on with something else
+    assert compressed.unpack(packed + data[:300], 0, 65536) == data
+    for broken in (packed[: len(packed) // 2], b"", b"\xff" * 100, data[:500]):
+        with pytest.raises(CorruptImage, match="a compressed cluster"):
+            compressed.unpack(broken, 0, 65536)
+
+
 @pytest.mark.parametrize("method", [0, 1])
 def test_what_cannot_be_packed_is_not(method: int) -> None:
     assert compressed.pack(random.Random(2).randbytes(65536), method) is None
@@ -86,6 +107,36 @@ def test_a_place_survives_its_description(bits: int) -> None:
 
 
 # -- packed clusters in images
+
+
+async def test_clusters_of_one_request_are_unpacked_side_by_side_and_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, unit, data = tmp_path / "image", 65536, compressible(random.Random(5), 4 * 65536, 0.3)
+    qemu_create(path, len(data))
+    unpack, together = compressed.unpack, threading.Barrier(4)
+
+    def meet(packed: bytes, method: int, size: int) -> bytes:
+        together.wait(timeout=20)
+        return unpack(packed, method, size)
+
+    monkeypatch.setattr(compressed, "unpack", meet)
+    async with disk_at(path) as disk:
+        image = disk.layers[0].image
+        assert isinstance(image, Qcow2Image)
+        for start in range(0, len(data), unit):
+            await write_packed(image, start, data[start : start + unit])
+        view = memoryview(bytearray(len(data)))
+        assert not disk.readinto_now(0, view)
+        await disk.readinto(0, view)
+        assert view == data
+        # nobody is met from now on
+        part = memoryview(bytearray(3 * unit))
+        assert disk.readinto_now(1000, part)
+        assert part == data[1000 : 1000 + 3 * unit]
+        await disk.write(unit, b"new")
+        assert disk.readinto_now(0, view)
+        assert view == data[:unit] + b"new" + data[unit + 3 :]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=_id)

@@ -2,7 +2,8 @@
 
 import errno
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import trio
 import zstandard
@@ -16,6 +17,22 @@ from cowfs.storage.base import Storage
 SECTOR = 512
 #: log2 of the window of deflate: QEMU reads with no larger one
 _WINDOW_BITS = 12
+
+
+def _best_inflater() -> tuple[Callable[..., Any], type[Exception]]:
+    """Return what makes an object that inflates, and what that raises.
+
+    isal takes about half the time of zlib. It is an extra, since both say the same.
+    """
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return zlib.decompressobj, zlib.error
+    # its stub has an instance in place of the class
+    return isal_zlib.decompressobj, cast("type[Exception]", isal_zlib.error)
+
+
+_inflater, _InflateError = _best_inflater()
 
 
 class Packed(NamedTuple):
@@ -50,11 +67,11 @@ def unpack(packed: bytes, compression_type: int, cluster_size: int) -> bytes:
     try:
         if compression_type == 0:
             # raw deflate, no header
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, cluster_size)
+            data: bytes = _inflater(-zlib.MAX_WBITS).decompress(packed, cluster_size)
         else:
             with zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=False) as reader:
                 data = reader.read(cluster_size)
-    except (zlib.error, zstandard.ZstdError) as error:
+    except (_InflateError, zstandard.ZstdError) as error:
         raise CorruptImage(f"a compressed cluster cannot be unpacked: {error}") from error
     if len(data) != cluster_size:
         raise CorruptImage(f"a compressed cluster holds {len(data)} bytes in place of {cluster_size}")

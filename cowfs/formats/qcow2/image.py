@@ -308,11 +308,17 @@ class Qcow2Image(TwoLevelImage):
 
     # -- compressed clusters
 
-    async def read_compressed(self, extent: Extent) -> bytes:
-        """Unpack in a worker thread, remembering the last few."""
+    def unpacked(self, extent: Extent) -> bytes | None:
+        """One of the last few."""
         known = self._unpacked.get(extent.host_offset)
         if known is not None:
             self._unpacked.move_to_end(extent.host_offset)
+        return known
+
+    async def read_compressed(self, extent: Extent) -> bytes:
+        """Unpack in a worker thread, remembering the last few."""
+        known = self.unpacked(extent)
+        if known is not None:
             return known
         place = compressed.locate(extent.host_offset, self.cluster_bits)
         packed = await self.storage.read_bytes(place.offset, place.length)
