@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import trio
+from imagetools import reach_of_drop
 from powercut import SECTOR, Flushed, Journal, RecordingStorage, Remains
 from storages import MemoryStorage
 
@@ -272,9 +273,7 @@ class Scene:
     async def drop(self) -> None:
         """What is below shines through again, as far as that reaches."""
         offset, length = self._clusters()
-        below, end = self.disk.layers[1].size, offset + length
-        if below < self.disk.size:
-            end = min(end, below // self.disk.cluster_size * self.disk.cluster_size)
+        end = reach_of_drop(self.disk, offset + length)
         if offset < end:
             self.guest.note(offset, self.below[offset:end])
         assert await self.disk.drop(offset, length, WriteTracker(1))

@@ -130,3 +130,9 @@ async def readable_clusters(path: Path, format: str) -> list[bytes | None]:
             found.append(None)
     await disk.close()
     return found
+
+
+def reach_of_drop(disk: Disk, end: int) -> int:
+    """Return where `Disk.drop` of a range that goes to ``end`` stops: what is not below has no copy there."""
+    below = disk.layers[1].size if len(disk.layers) > 1 else disk.size
+    return end if below >= disk.size else min(end, below // disk.cluster_size * disk.cluster_size)

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from imagetools import reach_of_drop
+
 from cowfs.block.check import CheckResult
 from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
@@ -110,8 +112,10 @@ async def crash(disk: Disk) -> None:
         await layer.storage.close()
 
 
-async def drop(disk: Disk, offset: int, length: int) -> None:
+async def drop(disk: Disk, offset: int, length: int) -> int:
+    """Have what is below shine through in a range, as far as that reaches; returns how many bytes do."""
     assert await disk.drop(offset, length, NO_WRITES)
+    return max(0, reach_of_drop(disk, offset + length) - offset)
 
 
 async def check_file(path: Path) -> CheckResult:

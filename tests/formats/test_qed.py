@@ -188,7 +188,7 @@ async def _random_operation(disk: Disk, chooser: random.Random, model: bytearray
         assert await disk.layers[0].write_zeroes(start, length)
         model[start : start + length] = bytes(length)
     elif kind < 8:
-        await drop(disk, start, length)
+        length = await drop(disk, start, length)
         model[start : start + length] = below[start : start + length]
     elif kind == 8:
         await disk.flush()

@@ -150,7 +150,7 @@ class Image:
         elif whole := len(self.below) // self.case.cluster * self.case.cluster:
             # only where the disk was from the first: what growing hides must not come to light
             offset, length = self.somewhere(self.case.cluster, whole)
-            await drop(disk, offset, length)
+            length = await drop(disk, offset, length)
             self.set(offset, self.below[offset : offset + length])
 
     async def grow(self, by: int, *, with_qemu: bool) -> None:
