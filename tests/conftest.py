@@ -26,13 +26,14 @@ _CONDITIONS = {
     "root": lambda: os.geteuid() == 0,
     "fuse": lambda: Path("/dev/fuse").exists(),
     "loop": lambda: Path("/dev/loop-control").exists(),
+    "autofs": lambda: "autofs" in Path("/proc/filesystems").read_text(),
     "guest-kernel": (KERNEL / "md").exists,
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "needs(*things): root, fuse, loop, guest-kernel, or programs that the test calls"
+        "markers", "needs(*things): root, fuse, loop, autofs, guest-kernel, or programs that the test calls"
     )
 
 

@@ -2,10 +2,14 @@
 
 The server forks away first and does everything after: opening images, threads and trio do not survive a fork.
 The terminal's process waits at a pipe until the server says that its mount answers, or why not.
+
+Until then the server stays in the process group of the command. Where systemd mounts when a directory is first looked
+at (automount), the kernel lets nobody else near that directory meanwhile.
 """
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,6 +19,8 @@ from cowfs.errors import CowfsError
 log = logging.getLogger(__name__)
 
 _READY = b"\0"
+#: what a terminal sends to the command: that ends the command, and the server when it cannot tell it that it is ready
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP)
 
 
 def in_background(serve: Callable[[Callable[[], None]], int]) -> None:
@@ -40,11 +46,20 @@ def in_background(serve: Callable[[Callable[[], None]], int]) -> None:
 def _detach(serve: Callable[[Callable[[], None]], int], writer: int) -> NoReturn:
     code = 1
     try:
-        os.setsid()
         if os.fork():
             os._exit(0)
+        handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in _FROM_TERMINAL]
         os.chdir("/")
-        code = serve(lambda: _report_ready(writer))
+
+        def ready() -> None:
+            os.setsid()
+            for number, handler in handlers:
+                # not what serve() has set for itself
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    signal.signal(number, handler)
+            _report_ready(writer)
+
+        code = serve(ready)
     except BaseException as error:  # noqa: BLE001
         _report_failure(error, writer)
     finally:

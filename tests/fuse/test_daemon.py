@@ -1,5 +1,7 @@
 """Going to the background. Each case forks in an interpreter of its own."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +37,44 @@ def test_ready() -> None:
     assert run("ready()\nprint('never seen')\nreturn 0") == ["the server speaks", "mounted"]
 
 
-def test_the_server_has_a_session_and_a_directory_of_its_own() -> None:
-    lines = run("print(os.getsid(0) != int(sys.argv[1] if sys.argv[1:] else 0), os.getcwd(), flush=True)\nready()")
-    assert lines[1] == "True /"
+def test_the_server_has_a_session_and_a_directory_of_its_own_once_it_is_ready(tmp_path: Path) -> None:
+    """Until then it is in the group of the command: an automount lets nobody else near the mount point."""
+    told = tmp_path / "told"
+    body = f"""
+    before = os.getpgrp() == int(os.environ["GROUP"]), os.getsid(0) == os.getpid()
+    ready()
+    open({str(told)!r}, "w").write(f"{{before}} {{os.getsid(0) == os.getpid()}} {{os.getcwd()}}\\n")"""
+    program = "import os; os.environ['GROUP'] = str(os.getpgrp())\n" + _PROGRAM.format(body=body)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert result.stdout.splitlines()[-1] == "mounted", result
+    wait_for("the server to tell", lambda: told.exists() and told.read_text().endswith("\n"))
+    assert told.read_text() == "(True, False) True /\n"
+
+
+def test_what_the_terminal_sends_meanwhile_ends_the_command_alone(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    body = f"""
+    sys.stdin.readline()
+    try:
+        ready()
+    except BrokenPipeError:
+        open({str(told)!r}, "w").close()"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM.format(body=body)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"the server speaks\n"
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait()
+    process.stdin.write(b"go on\n")
+    process.stdin.close()
+    wait_for("the server to notice", told.exists)
+    process.stdout.close()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import automount
 import pytest
 from commandline import Result, cowfs, ok, qemu_img
 from mounting import PATIENCE, Namespace, wait_for_end
@@ -133,6 +134,16 @@ def test_options_of_the_command(host: Host, fstype: str) -> None:
     assert "cannot open: No such file or directory" in refused.stderr
     assert refused.returncode
     assert host.run("mountpoint", "-q", host.point).returncode
+
+
+@pytest.mark.needs("autofs")
+def test_a_disk_is_mounted_when_it_is_first_looked_at(host: Host, fstype: str) -> None:
+    """As with ``x-systemd.automount``: until it is mounted, nobody but the automounter gets to the directory."""
+    command = ("mount", "-t", fstype, host.image, host.point)
+    assert ok(host.run(sys.executable, automount.__file__, host.point, *command)) == "vm\n"
+    ok(host.write(0))
+    host.umount()
+    assert qemu_img("check", host.image).returncode == 0
 
 
 @pytest.mark.needs("systemd-analyze")
