@@ -3,7 +3,7 @@
 from cowfs.storage.base import Storage
 from cowfs.storage.file import FileStorage, sync_directory
 from cowfs.storage.nbd import address as nbd
-from cowfs.storage.nbd.storage import NbdStorage
+from cowfs.storage.nbd.kept import KeptNbdStorage
 from cowfs.storage.network import DEFAULT_NETWORK, Network
 from cowfs.storage.remote import address as remote
 from cowfs.storage.remote.address import shown
@@ -39,12 +39,12 @@ async def open_storage(
 ) -> Storage:
     """Open what a name stands for: an export of an NBD server, an object, or else a local file or block device.
 
-    See `NbdStorage.open` and `RemoteStorage.open`, which have no locks, and `FileStorage.open`.
+    See `KeptNbdStorage.open` and `RemoteStorage.open`, which have no locks, and `FileStorage.open`.
     """
     if remote.is_address(name):
         return await RemoteStorage.open(name, writable=writable, network=network)
     if nbd.is_address(name):
-        return await NbdStorage.open(name, writable=writable, network=network)
+        return await KeptNbdStorage.open(name, writable=writable, network=network)
     return FileStorage.open(name, writable=writable, locking=locking)
 
 
@@ -53,5 +53,5 @@ async def create_storage(name: str, *, exclusive: bool = False) -> Storage:
     if remote.is_address(name):
         return await RemoteStorage.open(name, writable=True)
     if nbd.is_address(name):
-        return await NbdStorage.open(name, writable=True)
+        return await KeptNbdStorage.open(name, writable=True)
     return FileStorage.create(name, exclusive=exclusive)

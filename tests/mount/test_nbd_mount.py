@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,23 @@ def test_an_overlay_on_an_export(servers: Servers, base: Path, tmp_path: Path, m
     assert qemu_img("check", top).returncode == 0
     (tmp_path / "expected").write_bytes(content)
     assert qemu_img("compare", "-F", "raw", top, tmp_path / "expected").returncode == 0
+
+
+def test_what_is_read_and_then_copied_up_comes_over_the_network_once(
+    servers: Servers, base: Path, tmp_path: Path, mount: Mounts
+) -> None:
+    log = tmp_path / "log"
+    server = servers.nbdkit("--filter=log", "file", str(base), f"logfile={log}")
+    top = overlay_on(server, tmp_path / "top.qcow2")
+    mounted = mount(top)
+    assert mounted.flat("top").read_bytes() == base.read_bytes()
+    ok(cowfs("stream", "-q", mounted.flat("top")))
+    mounted.umount()
+    counts = [int(found[1], 16) for found in re.finditer(r" Read id=\d+ offset=\w+ count=0x(\w+)", log.read_text())]
+    # the samples that an overlay remembers, three times; and the hole is not fetched by the stream
+    assert sum(counts) <= SIZE + 3 * 32 * 4096
+    ok(qemu_img("compare", "-F", "raw", top, base))
+    assert qemu_img("check", top).returncode == 0
 
 
 def test_a_stream_makes_an_overlay_independent_of_the_server(

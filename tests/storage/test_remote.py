@@ -12,10 +12,9 @@ import trio
 from httpservers import Handler, Web, drop, saying, stalled, status, web_server
 
 from cowfs.errors import CowfsError, NotFound, ReadOnly, StorageError, Unsupported, UsageError
-from cowfs.storage import Network, RemoteStorage, is_remote, open_storage
+from cowfs.storage import Network, RemoteStorage, cache, is_remote, open_storage
 from cowfs.storage.base import Region
-from cowfs.storage.remote import cache
-from cowfs.storage.remote.cache import BLOCK
+from cowfs.storage.cache import BLOCK
 
 SIZE = (9 << 20) + 12_345
 CONTENT = random.Random(2).randbytes(SIZE)
@@ -181,7 +180,7 @@ async def test_what_goes_wrong_for_a_while_is_done_again(web: Web, kind: str, ca
         return True
 
     faults = {"short": short, "drop": drop, "500": status(500), "429": status(429), "stall": stalled(over)}
-    async with opened(web.url("disk.raw"), Network(0.3, 30)) as storage:
+    async with opened(web.url("disk.raw"), Network(1 if kind == "stall" else 10, 30)) as storage:
         web.faults = [faults[kind]] * 2
         assert await storage.read_bytes(5 << 20, 100) == CONTENT[5 << 20 :][:100]
         assert not web.faults
@@ -216,7 +215,7 @@ async def test_requests_that_are_held_end_with_the_program_or_the_storage(web: W
         storage._network = Network(1, 0, hold=True)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, 6 << 20)
-            await until(lambda: bool(storage._under_way))
+            await until(lambda: bool(storage._fetcher._under_way))
             await storage.close()
 
 

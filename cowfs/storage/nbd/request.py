@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from cowfs.storage.buffers import Views, part_of
 from cowfs.storage.nbd.transport import MisbehavedError
 
 #: where bytes go that nobody waits for any more
@@ -12,25 +13,6 @@ _SCRATCH = memoryview(bytearray(64 << 10))
 #: chunks that a reply may have beside one for each sector
 _SPARE_CHUNKS = 16
 _SECTOR = 512
-
-Views = Sequence[memoryview]
-
-
-def part_of(views: Views, start: int, length: int) -> list[memoryview]:
-    """Return the ``length`` bytes from ``start`` of buffers that stand for one after the other."""
-    found: list[memoryview] = []
-    for view in views:
-        if length <= 0:
-            break
-        size = len(view)
-        if start >= size:
-            start -= size
-            continue
-        piece = view[start : start + length] if start or length < size else view
-        found.append(piece)
-        length -= len(piece)
-        start = 0
-    return found
 
 
 class Request:

@@ -14,12 +14,13 @@ import trio
 
 from cowfs.errors import CowfsError, ReadOnly, StorageError
 from cowfs.storage.base import ReadBuffers, Region, Storage, WriteBuffers
+from cowfs.storage.buffers import part_of
 from cowfs.storage.nbd import protocol as nbd
 from cowfs.storage.nbd.address import Address, parse_address
 from cowfs.storage.nbd.connection import MAX_IN_FLIGHT
 from cowfs.storage.nbd.handshake import Agreed
 from cowfs.storage.nbd.journal import BOUND, Journal
-from cowfs.storage.nbd.request import Operation, Request, part_of
+from cowfs.storage.nbd.request import Operation, Request
 from cowfs.storage.nbd.session import Session, agree
 from cowfs.storage.nbd.transport import LostError
 from cowfs.storage.network import DEFAULT_NETWORK, Network

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cowfs.storage.remote.cache import BLOCK
+from cowfs.storage.cache import BLOCK
 
 #: readers that are told apart
 READERS = 4
