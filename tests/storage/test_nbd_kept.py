@@ -15,6 +15,7 @@ from cowfs.errors import StorageError
 from cowfs.storage import Network, open_storage
 from cowfs.storage.cache import BLOCK
 from cowfs.storage.nbd.kept import KeptNbdStorage
+from cowfs.storage.nbd.storage import clipped
 
 SIZE = (9 << 20) + 12_288
 CONTENT = random.Random(3).randbytes(SIZE)
@@ -127,6 +128,36 @@ async def test_nothing_is_kept_of_what_can_be_written(servers: Servers, disk: Pa
         await other.write(0, [b"later"])
         assert await storage.read_bytes(0, 5) == b"mine "
         await storage.flush()
+
+
+async def test_holes_are_asked_for_once(servers: Servers, tmp_path: Path) -> None:
+    path, log = tmp_path / "disk.raw", tmp_path / "log"
+    data = [(0, 1 << 20), (5 << 20, 4096), (8 << 20, 1 << 20)]
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+        for offset, length in data:
+            file.seek(offset)
+            file.write(b"x" * length)
+    server = servers.nbdkit("--filter=log", "file", str(path), f"logfile={log}")
+    async with opened(server, Network(10, 30)) as storage:
+        whole = await storage.regions(0, SIZE)
+        assert [(region.offset, region.length) for region in whole if not region.hole] == data
+        for offset, length in ((0, 4096), (5 << 20, 4096), (4 << 20, 3 << 20), (1, SIZE - 1), (SIZE - 1, 1)):
+            found = await storage.regions(offset, length)
+            assert found == clipped(whole, offset, offset + length)
+            assert sum(region.length for region in found) == length
+        asked = log.read_text().count(" Extents id=")
+        # beyond the end there is nothing to ask for
+        found = await storage.regions(SIZE - 100, 300)
+        assert [(region.length, region.hole) for region in found] == [(300, True)]
+        with path.open("r+b") as file:
+            file.seek(6 << 20)
+            file.write(b"x" * 4096)
+        await storage.reopen(writable=True)
+        found = await storage.regions(6 << 20, 4096)
+        assert [region.hole for region in found] == [False]
+    # one for each extent at the most
+    assert 1 <= asked <= len(whole)
 
 
 async def test_closing_ends_what_is_under_way(servers: Servers, disk: Path) -> None:

@@ -4,20 +4,23 @@ That is so of exports that are open for reading only, as layers below the active
 is copied up after a read from being fetched twice.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import trio
 
 from cowfs.errors import StorageError
-from cowfs.storage.base import ReadBuffers
+from cowfs.storage.base import ReadBuffers, Region
 from cowfs.storage.fetching import Fetcher
 from cowfs.storage.nbd.address import Address
 from cowfs.storage.nbd.handshake import Agreed
-from cowfs.storage.nbd.storage import NbdStorage
+from cowfs.storage.nbd.storage import NbdStorage, clipped
 from cowfs.storage.network import Network
 
 #: as many times the bytes that are asked for are fetched, if need be
 SPARSE = 4
+#: bytes for which holes are asked at the least
+LOOK = 256 << 20
 
 
 class KeptNbdStorage(NbdStorage):
@@ -26,6 +29,9 @@ class KeptNbdStorage(NbdStorage):
     def __init__(self, address: Address, network: Network, agreed: Agreed, *, read_only: bool) -> None:
         super().__init__(address, network, agreed, read_only=read_only)
         self._fetcher = self._new_fetcher() if read_only else None
+        #: holes and data of one range, without gaps, from the last question
+        self._regions: list[Region] = []
+        self._starts: list[int] = []
 
     def _new_fetcher(self) -> Fetcher:
         return Fetcher(self.name, self.length, self._fetch, lambda: self.connections > 0)
@@ -73,6 +79,21 @@ class KeptNbdStorage(NbdStorage):
             return await super().read_each(ranges)
         return [await self.read_bytes(offset, length) for offset, length in ranges]
 
+    async def regions(self, offset: int, length: int) -> list[Region]:
+        """Asked for much at a time, since jobs ask for one step after the other, and each question is a way there."""
+        end = offset + length
+        if self._fetcher is None or end > self.length:
+            return await super().regions(offset, length)
+        if not self._regions or offset < self._starts[0] or end > _end(self._regions[-1]):
+            fetcher = self._fetcher
+            found = await super().regions(offset, min(max(length, LOOK), self.length - offset))
+            if fetcher is not self._fetcher:
+                return clipped(found, offset, end)
+            self._regions, self._starts = found, [region.offset for region in found]
+        first = bisect_right(self._starts, offset) - 1
+        last = bisect_left(self._starts, end)
+        return clipped(self._regions[first:last], offset, end)
+
     async def reopen(self, *, writable: bool) -> None:
         """Keep nothing while it can be written to, and nothing from before."""
         await super().reopen(writable=writable)
@@ -86,5 +107,10 @@ class KeptNbdStorage(NbdStorage):
 
     async def _forget(self) -> None:
         fetcher, self._fetcher = self._fetcher, None
+        self._regions, self._starts = [], []
         if fetcher is not None:
             await fetcher.close()
+
+
+def _end(region: Region) -> int:
+    return region.offset + region.length

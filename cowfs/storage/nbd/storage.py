@@ -440,7 +440,7 @@ class NbdStorage(Storage):
         if end < offset + length:
             start = max(offset, end)
             _add(found, Region(start, offset + length - start, hole=True))
-        return _clipped(found, offset, offset + length)
+        return clipped(found, offset, offset + length)
 
     async def _ask_regions(self, start: int, end: int, found: list[Region]) -> int:
         """Ask once, and add to what was found; returns how far the answer goes."""
@@ -488,7 +488,8 @@ def _add(regions: list[Region], region: Region) -> None:
     regions.append(region)
 
 
-def _clipped(regions: list[Region], start: int, end: int) -> list[Region]:
+def clipped(regions: Sequence[Region], start: int, end: int) -> list[Region]:
+    """Return what of regions lies from ``start`` up to ``end``."""
     found = []
     for region in regions:
         first, last = max(region.offset, start), min(region.offset + region.length, end)
