@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cowfs.block.image import Backing
 from cowfs.errors import CowfsError, InvalidImage, NotPermitted
 from cowfs.formats.chain import backing_source
-from cowfs.storage import is_remote
+from cowfs.storage import is_remote, shown
 from cowfs.storage.nbd.address import Address, parse_address
 from cowfs.storage.nbd.jsonname import parse_json_name
 
@@ -81,7 +81,16 @@ def test_names_that_stand_for_nothing(name: str, says: str) -> None:
     with pytest.raises(CowfsError) as caught:
         parse_address(name)
     assert says in str(caught.value)
-    assert caught.value.file == name
+    assert caught.value.file == shown(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["nbd://user:secret@host/x", "nbds://user:secret@host:port/x", "NBD://:secret@h/x?a=b"]
+)
+def test_passwords_are_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(CowfsError) as caught:
+        parse_address(name)
+    assert "secret" not in str(caught.value)
 
 
 def test_files_may_be_called_so() -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from cowfs.errors import InvalidImage, Unsupported, UsageError
+from cowfs.storage.remote.address import shown
 
 PORT = 10809
 #: bytes that an export's name may have (section "Values")
@@ -78,14 +79,14 @@ def is_address(name: str) -> bool:
 
 
 def parse_address(name: str) -> Address:
-    """Read a URI, or QEMU's older form. Raises `UsageError`, or `Unsupported`, with the name."""
+    """Read a URI, or QEMU's older form. Raises `UsageError`, or `Unsupported`, with what may be shown of the name."""
     try:
         return _checked(_parse_uri(name) if "://" in name else _parse_old(name))
     except (UsageError, Unsupported) as error:
-        error.file = error.file or name
+        error.file = shown(error.file or name)
         raise
     except ValueError as error:
-        raise UsageError(f"is no NBD URI: {error}", file=name) from None
+        raise UsageError(f"is no NBD URI: {error}", file=shown(name)) from None
 
 
 def _checked(address: Address) -> Address:
