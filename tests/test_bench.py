@@ -127,3 +127,39 @@ def test_a_round_measures_every_peer_and_leaves_nothing_behind(tmp_path: Path) -
         assert all(value > 0 for values in facts["rounds"] for value in values.values())
     ElementTree.parse(chart)
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.needs("root", "fuse", "loop", "gcc", "ip", "nsenter", "qemu-nbd", "qemu-img", "mkfs.ext4", "nbdcopy")
+def test_images_on_another_host_are_measured_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    figures, scratch = tmp_path / "run.json", tmp_path / "scratch"
+    scratch.mkdir()
+    # QEMU's export is a package of its own, which is not there wherever tests are
+    words: list[str | Path] = ["--quick", "--without-qemu", "--delay", "2", "--folder", scratch, "--json", figures]
+    command: list[str | Path] = [sys.executable, _BENCHES / "remote.py", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    facts = json.loads(figures.read_text())
+    ways = {
+        "start": {"nbd", "http", "download"},
+        "stream/link": {"cowfs", "nbdcopy"},
+        "stream/socket": {"cowfs", "nbdcopy"},
+        "read": {"nbd", "http", "link"},
+    }
+    assert {case: set(found["median"]) for case, found in facts["results"].items()} == ways
+    for case, found in facts["results"].items():
+        for pair, ratio in found["ratio"].items():
+            one, other = pair.split(" / ")
+            assert ratio == pytest.approx(found["rounds"][0][one] / found["rounds"][0][other])
+            assert f"{pair:20}{ratio:10.2f}" in output, case
+    fetched = facts["results"]["start"]["bytes"][0]
+    # the download has all of the files, and who reads one of them does not
+    assert fetched["download"] > 8 << 20 > fetched["nbd"] > 1 << 20
+    assert {goal["case"] for goal in facts["goals"]} == set(ways)
+    for goal in facts["goals"]:
+        assert goal["reached"] == (goal["got"] >= goal["least"])
+    assert list(scratch.iterdir()) == []
+    assert (
+        f"cowfs-bench-{process.pid}"
+        not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    )

@@ -29,6 +29,8 @@ class Peer(ABC):
     """One way to show an image as a file."""
 
     name: str
+    #: what its server's command begins with
+    prefix: tuple[str, ...] = ()
 
     @contextmanager
     def serving(self, image: Path, format: str, folder: Path) -> Iterator[Path]:
@@ -61,7 +63,7 @@ class Cowfs(Peer):
         point = folder / "cowfs"
         point.mkdir(exist_ok=True)
         options = ",".join(filter(None, (f"format={format}", self._options)))
-        run(Path(sys.executable).with_name("cowfs"), "mount", "-o", options, f"disk={image}", point)
+        run(*self.prefix, Path(sys.executable).with_name("cowfs"), "mount", "-o", options, f"disk={image}", point)
         return point / "disk"
 
     def stop(self, folder: Path) -> None:
@@ -85,6 +87,7 @@ class QemuExport(Peer):
         node = "copying" if self._copy_on_read else "disk"
         self._process = subprocess.Popen(
             [
+                *self.prefix,
                 "qemu-storage-daemon",
                 "--blockdev",
                 f"driver=file,node-name=file,filename={image}",
