@@ -146,8 +146,9 @@ async def test_an_export_that_has_become_another_is_not_used(
     server.answers[_GO] = lambda data: answer + ack(_GO)
     server.drop()
     reads = len(server.log)
-    with pytest.raises(StorageError, match=says):
+    with pytest.raises(StorageError, match=says) as caught:
         await storage.read_bytes(0, 100)
+    assert str(caught.value).count(storage.name) == 1
     assert len(server.log) == reads, "nothing is read from it"
     del server.answers[_GO]
     await trio.sleep(6)

@@ -158,7 +158,8 @@ class NbdStorage(Storage):
         return said
 
     def _gone(self, reason: Exception | None) -> StorageError:
-        return StorageError(f"the NBD server is away: {reason}", errno=errno.EIO, file=self.name)
+        said = reason.message if isinstance(reason, CowfsError) else reason
+        return StorageError(f"the NBD server is away: {said}", errno=errno.EIO, file=self.name)
 
     # -- connecting again
 
@@ -198,7 +199,7 @@ class NbdStorage(Storage):
                     break
                 except (LostError, CowfsError) as error:
                     self._reason = error
-                    log.info("%s: %s", self.name, error)
+                    log.info("%s: %s", self.name, error.message if isinstance(error, CowfsError) else error)
                 except Exception as error:
                     log.exception("%s: internal error", self.name)
                     self._reason = error
