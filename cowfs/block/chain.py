@@ -10,7 +10,7 @@ from itertools import groupby
 import trio
 
 from cowfs.block.alignment import align_down, align_up, split
-from cowfs.block.extent import Extent, Kind
+from cowfs.block.extent import BELOW, NO_OFFSET, Extent, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.moves import Source
 from cowfs.block.owners import WORTHWHILE, Owners, Piece
@@ -79,10 +79,30 @@ class Chain:
         """`resolve_now` below the active layer, where what was found once need not be looked for again."""
         if depth != 1 or len(layers) < WORTHWHILE:
             return self.resolve_now(layers, depth, offset, length)
-        owners = self._owners
-        if owners.layers is not layers:
-            owners = self._owners = Owners(layers, partial(self.resolve_now, layers, 1))
+        owners = self._owners_of(layers)
         return owners.find(offset, length) if owners.is_usable else self.resolve_now(layers, 1, offset, length)
+
+    def _owners_of(self, layers: tuple[Layer, ...]) -> Owners:
+        if self._owners.layers is not layers:
+            self._owners = Owners(layers, partial(self.resolve_now, layers, 1))
+        return self._owners
+
+    def place_now(self, layers: tuple[Layer, ...], offset: int, length: int) -> tuple[int, int] | None:
+        """Depth and host offset of a range that is data in one piece, if that is quickly told.
+
+        None where only `resolve_now` can tell. The range lies within the disk.
+        """
+        top = layers[0]
+        place = top.image.place(offset, length)
+        if place >= 0:
+            return 0, place
+        if place != BELOW or top.has_parts or len(layers) == 1:
+            return None
+        if len(layers) >= WORTHWHILE:
+            return self._owners_of(layers).place(offset, length)
+        below = layers[1].image
+        place = below.place(offset, length) if offset + length <= below.size else NO_OFFSET
+        return (1, place) if place >= 0 else None
 
     def forget_owners(self) -> None:
         """Look anew at the layers below the active one: one of them is about to change, or has."""

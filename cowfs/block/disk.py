@@ -15,7 +15,7 @@ import trio
 
 from cowfs.block.copyonread import Populator
 from cowfs.block.discard import Discarding
-from cowfs.block.extent import NO_OFFSET, Extent, Kind
+from cowfs.block.extent import Extent, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.moves import SECTOR
 from cowfs.block.owners import Piece
@@ -63,28 +63,28 @@ class Disk(Discarding):
         layers = self.layers
         if offset + length > layers[0].image.size:
             raise OutOfRange(f"read beyond the end of the disk at {self.size} bytes")
-        place = layers[0].image.place(offset, length)
-        if place != NO_OFFSET:
-            done = layers[0].data_storage.read_now(place, (view,))
-            if done:
-                self._count_read(length)
-            return done
-        pieces = self.resolve_now(layers, 0, offset, length)
-        if pieces is None:
-            return False
-        from_below = len(layers) > 1 and any(_fetched(piece) for piece in pieces) and self.copies_on_read
-        if from_below and self._populator is not None and not self._populator.has_room:
-            return False
-        if len(pieces) == 1:
-            if not layers[pieces[0].depth].read_now(pieces[0].extent, view):
+        populator = self._populator if len(layers) > 1 and self.copies_on_read else None
+        place = self.place_now(layers, offset, length)
+        if place is not None:
+            depth, host = place
+            from_below = populator is not None and depth > 0
+            if from_below and populator is not None and not populator.has_room:
+                return False
+            if not layers[depth].data_storage.read_now(host, (view,)):
                 return False
         else:
+            pieces = self.resolve_now(layers, 0, offset, length)
+            if pieces is None:
+                return False
+            from_below = populator is not None and any(map(_fetched, pieces))
+            if from_below and populator is not None and not populator.has_room:
+                return False
             for depth, extent in pieces:
                 start = extent.offset - offset
                 if not layers[depth].read_now(extent, view[start : start + extent.length]):
                     return False
-        if from_below and self._populator is not None:
-            self._populator.offer(offset, length)
+        if from_below and populator is not None:
+            populator.offer(offset, length)
         self._count_read(length)
         return True
 
@@ -130,7 +130,7 @@ class Disk(Discarding):
         if not top.begun or offset < top.image.vetted:
             return False
         place = top.image.place(offset, length)
-        if place != NO_OFFSET:
+        if place >= 0:
             self._about_to_write(offset, length)
             done = top.data_storage.write_now(place, (data,))
             if done:

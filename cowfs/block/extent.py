@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 #: ``host_offset`` of an extent that has no place in the storage
 NO_OFFSET = -1
+#: what `Image.place` says of a range that the image holds nothing of
+BELOW = -2
 
 
 class Kind(IntEnum):

@@ -105,7 +105,7 @@ class Image(ABC):
     def place(self, offset: int, length: int) -> int:
         """Return the host offset of a range that is plain data in one piece, if that is quickly told.
 
-        NO_OFFSET where it is not; `lookup` then says what it is. The hot path asks here first.
+        BELOW where nothing of it is allocated; NO_OFFSET where only `lookup` can tell. The hot path asks here first.
         """
         return NO_OFFSET
 

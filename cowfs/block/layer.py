@@ -93,6 +93,11 @@ class Layer:
         """What its header says of its backing file."""
         return self.image.backing
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether any clusters are partial: the image says of them that it holds nothing."""
+        return bool(self._parts)
+
     # -- mapping
 
     def map_now(self, offset: int, length: int) -> list[Extent] | None:

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cowfs.block.extent import Extent, continues, part_of
+from cowfs.block.extent import Extent, Kind, continues, part_of
 from cowfs.block.layer import Layer
 
 #: bytes of the disk that are resolved at once, at most
@@ -65,6 +65,17 @@ class Owners:
         if end <= extent.offset + extent.length:
             return [Piece(depth, part_of(extent, offset, end))]
         return _cut(region, index, offset, end)
+
+    def place(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Depth and host offset of a range that is data in one piece, where that is remembered; None otherwise."""
+        region = self._regions.get(offset // self._size)
+        if region is None:
+            return None
+        depth, extent = region.pieces[bisect_right(region.starts, offset) - 1]
+        kind, start, size, host = extent
+        if kind <= Kind.SHARED and offset + length <= start + size:
+            return depth, host + offset - start
+        return None
 
     def _find(self, offset: int, end: int) -> list[Piece] | None:
         found: list[Piece] = []

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from cowfs.block.alignment import align_up
-from cowfs.block.extent import NO_OFFSET, Extent, Kind, continues, merge
+from cowfs.block.extent import BELOW, NO_OFFSET, Extent, Kind, continues, merge
 from cowfs.block.image import Image, Reservation, Run
 from cowfs.block.metacache import MetadataCache, Table
 from cowfs.block.quiescence import Mark, Readers
@@ -166,11 +166,15 @@ class TwoLevelImage(Image):
             return NO_OFFSET
         index = offset >> self.cluster_bits
         table_offset = self.table_offset(self.l1.entries[index >> self.table_bits])
-        table = self.tables.get(table_offset) if table_offset else None
+        if not table_offset:
+            return BELOW
+        table = self.tables.get(table_offset)
         if table is None:
             return NO_OFFSET
         kind, host = self.decode(table.entries[index & ((1 << self.table_bits) - 1)])
-        return host + within if kind is Kind.DATA else NO_OFFSET
+        if kind is Kind.DATA:
+            return host + within
+        return BELOW if kind is Kind.UNALLOCATED else NO_OFFSET
 
     def lookup(self, offset: int, length: int) -> list[Extent] | None:
         """Walk the tables that are in memory."""

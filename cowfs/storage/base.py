@@ -33,6 +33,20 @@ class Move(NamedTuple):
     length: int
 
 
+def in_two(moves: Sequence[Move]) -> tuple[list[Move], list[Move]]:
+    """Cut moves into two parts of about as many bytes, at a multiple of 64 KiB of the target within a move."""
+    left = sum(move.length for move in moves) // 2
+    parts: tuple[list[Move], list[Move]] = [], []
+    for source, source_offset, offset, length in moves:
+        first = length if length <= left else max(0, (offset + left & -(64 << 10)) - offset)
+        if first:
+            parts[0].append(Move(source, source_offset, offset, first))
+        if first < length:
+            parts[1].append(Move(source, source_offset + first, offset + first, length - first))
+        left = left - length if length <= left else 0
+    return parts
+
+
 class Storage(ABC):
     """A flat, growable array of bytes.
 

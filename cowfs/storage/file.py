@@ -20,9 +20,9 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from cowfs.errors import ReadOnly, StorageError
+from cowfs.errors import CowfsError, ReadOnly, StorageError
 from cowfs.storage import locks
-from cowfs.storage.base import Move, ReadBuffers, Region, Storage, WriteBuffers
+from cowfs.storage.base import Move, ReadBuffers, Region, Storage, WriteBuffers, in_two
 
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ ZERO_CHUNK = 1 << 20
 _ZEROS = bytes(ZERO_CHUNK)
 #: bytes read and written at a time where the kernel cannot copy; they should stay in the processor's cache
 COPY_BUFFER = 256 << 10
+#: bytes from which on two threads copy: less is done before the second has begun
+COPY_APART = 1 << 20
 #: pieces copied before everything else gets its turn
 COPY_TURN = 8
 #: for copies that are made without suspending
@@ -227,14 +229,30 @@ class FileStorage(Storage):
         if not all(move.source is None or isinstance(move.source, FileStorage) for move in cold):
             await super().copy_in(cold)
         elif cold:
+            await self._copy_in_threads(cold)
+
+    async def _copy_in_threads(self, moves: Sequence[Move]) -> None:
+        """Copy in one worker thread, or in two where that pays; raises the first error after both have ended."""
+        errors: list[CowfsError] = []
+
+        async def copy(part: Sequence[Move]) -> None:
             try:
-                await trio.to_thread.run_sync(self._copy, cold)
+                await trio.to_thread.run_sync(self._copy, part)
             except OSError as error:
-                raise StorageError.from_os(error, file=self.name, doing="cannot write") from error
-            finally:
-                if not self._is_device:
-                    # of a copy that failed, a part may be there
-                    self.length = max(self.length, os.fstat(self._fd).st_size)
+                errors.append(StorageError.from_os(error, file=self.name, doing="cannot write"))
+            except CowfsError as error:
+                errors.append(error)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for part in in_two(moves) if sum(move.length for move in moves) >= COPY_APART else (moves,):
+                    nursery.start_soon(copy, part)
+        finally:
+            if not self._is_device:
+                # of a copy that failed, a part may be there
+                self.length = max(self.length, os.fstat(self._fd).st_size)
+        if errors:
+            raise errors[0]
 
     def _copy_now(self, move: Move) -> bool:
         if move.length > len(_SCRATCH):

@@ -136,9 +136,11 @@ def fio_job(flat: Path, *options: str) -> dict[str, Any]:
 
 def check(image: Path, format: str) -> None:
     """Ask QEMU whether the image is sound."""
-    done = subprocess.run(["qemu-img", "check", "-q", "-f", format, str(image)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["qemu-img", "check", "-q", "-f", format, str(image)], capture_output=True, text=True, check=False
+    )
     if done.returncode not in (0, 3):
-        sys.exit(f"bench: {image} is damaged")
+        sys.exit(f"bench: {image} is damaged: {done.stdout}{done.stderr}")
 
 
 def machine() -> dict[str, Any]:

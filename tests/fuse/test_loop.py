@@ -5,6 +5,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -122,6 +123,41 @@ async def test_a_task_that_answers_at_once_wakes_no_other(pipe: Pipe) -> None:
         pipe.end()
 
 
+async def test_the_next_request_is_looked_for_where_they_follow_each_other_closely(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with waiting_on(pipe) as waiting, trio.open_nursery() as nursery:
+        monkeypatch.setattr(loop, "LOOK", 60.0)
+
+        async def come_soon() -> None:
+            pipe.put()
+
+        nursery.start_soon(come_soon)
+        assert await waiting.readable()
+        pipe.take()
+        # the first one came soon; so the next is looked for, by the very task, though it comes from elsewhere
+        writer = threading.Timer(0.01, pipe.put)
+        writer.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(waiting, "_watch", None)
+            assert await waiting.readable()
+        writer.join()
+        pipe.take()
+        # but not while a thread is at work, which would be held up
+        gate = threading.Event()
+        nursery.start_soon(wait_in_thread, gate)
+        await wait_all_tasks_blocked()
+        assert not waiting._look()
+        gate.set()
+        while waiting._threads.borrowed_tokens:
+            await trio.lowlevel.checkpoint()
+        # and in vain it is done once
+        monkeypatch.setattr(loop, "LOOK", 0.001)
+        assert not waiting._look()
+        monkeypatch.setattr(loop, "LOOK", 60.0)
+        assert not waiting._look()
+
+
 @pytest.mark.parametrize("is_watched", [True, False])
 async def test_all_end_when_there_is_nothing_more(pipe: Pipe, is_watched: bool) -> None:
     gate, ended = trio.Event(), 0
@@ -143,12 +179,17 @@ async def test_all_end_when_there_is_nothing_more(pipe: Pipe, is_watched: bool) 
             # the one that was woken to watch has not begun to when the end comes
             pipe.put()
             await pipe_taken(pipe)
+            pipe.end()
             waiting.end()
             gate.set()
         await wait_all_tasks_blocked()
         assert ended == 4
         # also for who comes later
         assert not await waiting.readable()
+
+
+async def wait_in_thread(gate: threading.Event) -> None:
+    await trio.to_thread.run_sync(gate.wait)
 
 
 async def pipe_taken(pipe: Pipe) -> None:

@@ -1,14 +1,19 @@
 import errno
+import filecmp
 import os
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cowfs.errors import ReadOnly, StorageError
-from cowfs.storage.base import Move, Region
+from cowfs.storage import file
+from cowfs.storage.base import Move, Region, in_two
 from cowfs.storage.file import FileStorage
 
 CONTENT = random.Random(1).randbytes(300_000)
@@ -67,6 +72,8 @@ def short(call: Callable[..., int], most: int) -> Callable[..., int]:
 
 async def test_short_transfers_are_continued(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "preadv", short(os.preadv, 1000))
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: whole(fd, memoryview(data)[:777], offset))
     monkeypatch.setattr(os, "pwritev", short(os.pwritev, 777))
     data = random.Random(2).randbytes(20_000)
     await storage.write(5, [data[:9000], data[9000:9001], data[9001:]])
@@ -74,15 +81,19 @@ async def test_short_transfers_are_continued(storage: FileStorage, monkeypatch: 
     assert not storage.read_now(5, buffers), "what comes short is left to the form that may wait"
     await storage.read(5, buffers)
     assert b"".join(buffers) == data
+    await storage.write(123_456, [data])
+    assert await storage.read_bytes(123_456, len(data)) == data
     await storage.close()
 
 
 async def test_a_write_that_makes_no_progress_is_an_error(
     storage: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     monkeypatch.setattr(os, "pwritev", lambda *_: 0)
-    with pytest.raises(StorageError):
-        await storage.write(0, [b"x"])
+    for buffers in ([b"x"], [b"x", b"y"]):
+        with pytest.raises(StorageError):
+            await storage.write(0, buffers)
     await storage.close()
 
 
@@ -113,11 +124,13 @@ async def test_a_full_disk_says_so(storage: FileStorage, monkeypatch: pytest.Mon
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 
+    monkeypatch.setattr(os, "pwrite", fail)
     monkeypatch.setattr(os, "pwritev", fail)
-    with pytest.raises(StorageError) as caught:
-        storage.write_now(0, [b"x"])
-    assert caught.value.errno == errno.ENOSPC
-    assert str(caught.value) == f"{storage.name}: cannot write: No space left on device"
+    for buffers in ([b"x"], [b"x", b"y"]):
+        with pytest.raises(StorageError) as caught:
+            storage.write_now(0, buffers)
+        assert caught.value.errno == errno.ENOSPC
+        assert str(caught.value) == f"{storage.name}: cannot write: No space left on device"
     await storage.close()
 
 
@@ -243,6 +256,7 @@ async def test_copies_are_the_same_whoever_makes_them(
         return call(source, target, min(count, 70_000), *offsets)
 
     monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+    monkeypatch.setattr(file, "COPY_APART", 1 << 40)
     target = FileStorage.create(str(tmp_path / "target"))
     await target.write(0, [b"old" * 500_000])
     moves = [
@@ -279,3 +293,70 @@ async def test_a_source_that_cannot_be_read_is_named(
     assert (caught.value.file, caught.value.errno) == (storage.name, errno.EIO)
     await target.close()
     await storage.close()
+
+
+async def test_two_threads_copy_what_is_large_and_the_first_error_is_told_when_both_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(2).randbytes(3 << 20)
+    (tmp_path / "source").write_bytes(content)
+    source = FileStorage.open(str(tmp_path / "source"), writable=False)
+    target = FileStorage.create(str(tmp_path / "target"))
+    copy, together = FileStorage._copy, threading.Barrier(2)
+
+    def meet(self: FileStorage, moves: Sequence[Move]) -> None:
+        together.wait(timeout=20)
+        copy(self, moves)
+
+    monkeypatch.setattr(FileStorage, "_copy", meet)
+    moves = [Move(source, 5, 100, 2 << 20), Move(None, 0, 100 + (2 << 20), 300_000), Move(source, 0, 3 << 20, 300_000)]
+    await target.copy_in(moves)
+    expected = bytes(100) + content[5 : (2 << 20) + 5] + bytes(300_000)
+    expected = expected.ljust(3 << 20, b"\0") + content[:300_000]
+    assert filecmp.cmp(target.name, written(tmp_path / "expected", expected), shallow=False)
+    ended: list[int] = []
+
+    def fail(self: FileStorage, moves: Sequence[Move]) -> None:
+        together.wait(timeout=20)
+        ended.append(moves[0].offset)
+        raise OSError(errno.ENOSPC, "full") if moves[0].offset else ReadOnly("not this one", file="x")
+
+    monkeypatch.setattr(FileStorage, "_copy", fail)
+    with pytest.raises((StorageError, ReadOnly)):
+        await target.copy_in([Move(source, 0, 0, 2 << 20)])
+    assert sorted(ended) == [0, 1 << 20]
+    await target.close()
+    await source.close()
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 1 << 20)), min_size=1, max_size=6))
+def test_moves_are_cut_in_two_without_loss(pieces: list[tuple[int, int]]) -> None:
+    moves, position = [], 0
+    for gap, length in pieces:
+        moves.append(Move(None, position * 3, position + gap, length))
+        position += gap + length
+    first, second = in_two(moves)
+
+    def every(moves: Sequence[Move]) -> list[tuple[int, int]]:
+        """Where each stretch of bytes goes to, those that go on joined."""
+        found: list[tuple[int, int]] = []
+        for _, source, offset, length in moves:
+            assert length > 0
+            if found and (found[-1][1], source - offset) == (offset, joined[-1]):
+                found[-1] = (found[-1][0], offset + length)
+            else:
+                found.append((offset, offset + length))
+                joined.append(source - offset)
+        return found
+
+    joined: list[int] = []
+    whole = every(moves)
+    joined = []
+    assert every([*first, *second]) == whole
+    halves = [sum(move.length for move in part) for part in (first, second)]
+    assert abs(halves[0] - halves[1]) <= 2 * (64 << 10) + 1
