@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import random
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from urllib.request import Request, urlopen
 
 import fsspec  # type: ignore[import-untyped]
 import pytest
+import trio
 from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
 from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
 from mounting import wait_for
 from nbdservers import free_port
 
 from cowfs.errors import CowfsError, NotFound, StorageError, Unsupported
-from cowfs.storage import Network, open_storage
+from cowfs.storage import Network, RemoteStorage, open_storage
 
 CONTENT = random.Random(4).randbytes((3 << 20) + 77)
 NETWORK = Network(10, 10)
@@ -168,6 +170,19 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 async def test_any_store(store: str) -> None:
     assert await content_of(store) == CONTENT
     assert "no such object" in await refused(f"{store}.not", NotFound)
+
+
+async def test_a_request_that_is_cancelled_before_it_has_begun_is_none(store: str) -> None:
+    storage = await open_storage(store, writable=False, network=NETWORK)
+    assert isinstance(storage, RemoteStorage)
+    for _ in range(20):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await storage._store.look(0)
+        assert scope.cancelled_caught
+    await storage.close()
+    # where a coroutine that nobody awaited would be found, which is an error here
+    gc.collect()
 
 
 async def test_any_store_that_fails_for_a_while(store: str) -> None:

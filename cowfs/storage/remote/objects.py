@@ -132,8 +132,7 @@ class AnyStore(Store):
         self._system.invalidate_cache()
         try:
             if getattr(self._system, "async_impl", False):
-                work = getattr(self._system, f"_{name}")(self._path, **words)
-                return await in_loop(asyncio.wait_for(work, self._timeout))
+                return await in_loop(self._looped(name, words))
             call = partial(getattr(self._system, name), self._path, **words)
             with trio.fail_after(self._timeout):
                 return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=_THREADS)
@@ -141,6 +140,11 @@ class AnyStore(Store):
             raise
         except Exception as error:  # noqa: BLE001
             raise translated(error, self._timeout) from None
+
+    async def _looped(self, name: str, words: Mapping[str, Any]) -> Any:
+        # made only now: one that was made and then cancelled before it began would be one that nobody awaits
+        work = getattr(self._system, f"_{name}")(self._path, **words)
+        return await asyncio.wait_for(work, self._timeout)
 
 
 def _size(value: object) -> int:
