@@ -13,7 +13,7 @@ from cowfs.errors import CowfsError, StorageError
 from cowfs.storage.ahead import Ahead
 from cowfs.storage.base import ReadBuffers
 from cowfs.storage.buffers import part_of
-from cowfs.storage.cache import BLOCK, Blocks
+from cowfs.storage.cache import BLOCK, Block, Blocks
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,9 @@ MAX_AHEAD = 12
 #: blocks that one reader collects at a time: 8 MiB
 TURN = 128
 
-#: returns the bytes from an offset up to another one, inside of what there is; and whether nobody waits for them yet
-Fetch = Callable[[int, int, bool], Awaitable[bytes | bytearray]]
+#: returns the blocks from an offset up to another one, inside of what there is, of which the last block may be shorter;
+#: told whether nobody waits for them yet
+Fetch = Callable[[int, int, bool], Awaitable[Sequence[Block]]]
 
 
 class _Stretch:
@@ -33,7 +34,7 @@ class _Stretch:
 
     def __init__(self, first: int, stop: int) -> None:
         self.first, self.stop = first, stop
-        self.blocks: dict[int, bytes] = {}
+        self.blocks: dict[int, Block] = {}
         self.error: CowfsError | None = None
         self.done = trio.Event()
 
@@ -55,7 +56,7 @@ class Fetcher:
         #: bytes that have been fetched
         self.fetched_bytes = 0
 
-    def keep(self, start: bytes) -> None:
+    def keep(self, start: Block) -> None:
         """Keep the first block, or all there is if that is less, which has come in by the way."""
         self._blocks.put(0, start)
 
@@ -108,16 +109,16 @@ class Fetcher:
         end = min(offset + length, self._length)
         return (offset // BLOCK, -(-end // BLOCK)) if offset < end else (0, 0)
 
-    async def _collect(self, first: int, stop: int) -> dict[int, bytes]:
+    async def _collect(self, first: int, stop: int) -> dict[int, Block]:
         """Return blocks, and see to it that the next ones come too if they are wanted in order."""
         numbers = range(first, stop)
         self._request(numbers)
         self._read_ahead(first, stop)
         return await self._gather(numbers)
 
-    async def _gather(self, numbers: Iterable[int]) -> dict[int, bytes]:
+    async def _gather(self, numbers: Iterable[int]) -> dict[int, Block]:
         """Wait for blocks that are here or under way. Raises the error of the first that does not come."""
-        found: dict[int, bytes] = {}
+        found: dict[int, Block] = {}
         stretches: list[_Stretch] = []
         for number in numbers:
             data = self._blocks.get(number)
@@ -184,11 +185,10 @@ class Fetcher:
 
     async def _bring(self, stretch: _Stretch, is_ahead: bool) -> None:
         start, end = stretch.first * BLOCK, min(stretch.stop * BLOCK, self._length)
-        data = memoryview(await self._fetch(start, end, is_ahead))
+        blocks = await self._fetch(start, end, is_ahead)
         self.fetched_bytes += end - start
-        for number in range(stretch.first, stretch.stop):
-            place = number * BLOCK - start
-            stretch.blocks[number] = block = bytes(data[place : place + BLOCK])
+        for number, block in enumerate(blocks, stretch.first):
+            stretch.blocks[number] = block
             self._blocks.put(number, block)
 
     async def close(self) -> None:
@@ -218,7 +218,7 @@ def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _fill(views: ReadBuffers, offset: int, blocks: Mapping[int, bytes]) -> None:
+def _fill(views: ReadBuffers, offset: int, blocks: Mapping[int, Block]) -> None:
     """Fill buffers, which begin at ``offset``, from blocks; zeros past the last."""
     position = offset
     for view in views:

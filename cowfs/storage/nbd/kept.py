@@ -11,6 +11,7 @@ import trio
 
 from cowfs.errors import StorageError
 from cowfs.storage.base import ReadBuffers, Region
+from cowfs.storage.cache import BLOCK
 from cowfs.storage.fetching import Fetcher
 from cowfs.storage.nbd.address import Address
 from cowfs.storage.nbd.handshake import Agreed
@@ -41,15 +42,16 @@ class KeptNbdStorage(NbdStorage):
         """Bytes that have been fetched since it was opened, as it is now."""
         return 0 if self._fetcher is None else self._fetcher.fetched_bytes
 
-    async def _fetch(self, start: int, end: int, is_ahead: bool) -> bytearray:
-        data = bytearray(end - start)
+    async def _fetch(self, start: int, end: int, is_ahead: bool) -> list[bytearray]:
+        # where they are received is where they stay
+        blocks = [bytearray(min(BLOCK, end - place)) for place in range(start, end, BLOCK)]
         begun = trio.current_time()
         before = self.fetched_bytes
-        await super().read(start, [memoryview(data)])
+        await super().read(start, [memoryview(block) for block in blocks])
         if self._fetcher is not None:
             # with all else that came in meanwhile
-            self._fetcher.measured(self.fetched_bytes - before + len(data), trio.current_time() - begun)
-        return data
+            self._fetcher.measured(self.fetched_bytes - before + end - start, trio.current_time() - begun)
+        return blocks
 
     def read_now(self, offset: int, buffers: ReadBuffers) -> bool:
         """From what has come in lately."""

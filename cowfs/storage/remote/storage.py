@@ -128,14 +128,14 @@ class RemoteStorage(Storage):
     def _is_well(self) -> bool:
         return self._away_since is None and self._changed is None
 
-    async def _fetch(self, start: int, end: int, is_ahead: bool) -> bytes:
+    async def _fetch(self, start: int, end: int, is_ahead: bool) -> list[bytes]:
         """Make one request, again and again while the server is away."""
         since: float | None = None
         pause = FIRST_PAUSE
         while True:
             self._require_open()
             try:
-                return await self._attempt(start, end, is_ahead)
+                data = await self._attempt(start, end, is_ahead)
             except AwayError as error:
                 now = trio.current_time()
                 since = now if since is None else since
@@ -144,6 +144,8 @@ class RemoteStorage(Storage):
                     log.info("%s: the server is away: %s", self.name, error)
                 if not self._network.hold and now - min(since, self._away_since) >= self._network.retry:
                     raise StorageError(f"the server is away: {error}", errno=errno.EIO) from None
+            else:
+                return [data[place : place + BLOCK] for place in range(0, len(data), BLOCK)]
             with trio.move_on_after(pause):
                 await self._hurry.wait()
             pause = min(2 * pause, LONGEST_PAUSE)
