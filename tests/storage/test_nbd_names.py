@@ -119,7 +119,7 @@ def test_no_name_does_anything_but_stand_or_be_refused(text: str) -> None:
         try:
             parse_address(name)
         except CowfsError as error:
-            assert error.file == name
+            assert error.file == shown(name)
         try:
             backing_source("top", Backing(f"json:{text}", None))
         except CowfsError as error:
