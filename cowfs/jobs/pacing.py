@@ -3,6 +3,7 @@
 Whether the guest is busy is judged from what the disk counts anyway, between steps. Nothing is added to a request.
 """
 
+import math
 from typing import Protocol
 
 import trio
@@ -19,6 +20,8 @@ MIN_RATE = 4 << 20
 QUIET = 0.005
 #: seconds that a step may take; larger ones would keep a guest waiting that wakes up
 LONG = 0.01
+#: part of the time for which the guest has been quiet that a step may take: who paused for a moment is soon back
+TRUST = 0.1
 #: part of the time that goes into looking for something to copy while the guest is busy
 SEARCHING = 0.1
 #: seconds of the minimum rate that are made up for when a step came late
@@ -47,6 +50,8 @@ class Pacer:
         self._least = LEAST
         self._busy = False
         self._begun = self._due = trio.current_time()
+        #: when it was last seen to be; a job begins as if that were long ago, with little
+        self._last_active = -math.inf
 
     def step(self, unit: int, limit: int = MOST) -> int:
         """Bytes that the next step should copy, whole units; ``limit`` if that is less, but not less than `LEAST`."""
@@ -60,7 +65,7 @@ class Pacer:
         if not self._is_guest_active():
             self._busy = False
             self._due = now
-            self._resize(took)
+            self._resize(took, min(LONG, (now - self._last_active) * TRUST))
         else:
             if copied:
                 # what was copied while the guest was idle is not held against the job
@@ -75,16 +80,19 @@ class Pacer:
         """Say that the next step begins."""
         self._begun = trio.current_time()
 
-    def _resize(self, took: float) -> None:
-        if took > LONG:
+    def _resize(self, took: float, longest: float) -> None:
+        if took > longest:
             self._size = max(LEAST, self._size // 2)
-        elif took < LONG / 2:
+        elif took < longest / 2:
             self._size = min(MOST, self._size * 2)
 
     async def _stay_away(self) -> bool:
         """Wait until the guest is quiet, or until the step is due; whether it is the latter."""
         while (left := self._due - trio.current_time()) > 0:
             await trio.sleep(min(QUIET, left))
+            # a server that was kept from running has not seen yet what was asked of it meanwhile
+            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
             if left > QUIET and not self._is_guest_active():
                 return False
         return True
@@ -94,4 +102,6 @@ class Pacer:
         requests = self._guest.requests
         active = requests != self._seen or self._guest.waiting > 0
         self._seen = requests
+        if active:
+            self._last_active = trio.current_time()
         return active

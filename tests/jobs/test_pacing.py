@@ -14,7 +14,7 @@ from cowfs.block.layer import Layer
 from cowfs.formats import qcow2
 from cowfs.formats.raw import RawImage
 from cowfs.jobs.job import Job, OnError, State
-from cowfs.jobs.pacing import LEAST, LONG, MIN_RATE, MOST, QUIET, SEARCHING, Pacer
+from cowfs.jobs.pacing import LEAST, LONG, MIN_RATE, MOST, QUIET, SEARCHING, TRUST, Pacer
 from cowfs.jobs.stream import Stream
 from cowfs.storage.base import ReadBuffers
 
@@ -136,11 +136,43 @@ async def test_pauses_of_the_guest_are_used(autojump_clock: MockClock) -> None:
             with trio.move_on_after(0.5):
                 await make_requests(job.disk, 0.0005)
             await trio.sleep(0.5)
-    # seven steps until they are as large as can be, and then one a millisecond
-    idle = (0.5 - QUIET - 0.01) * MOST / 0.001
+    # steps may take a part of the time that it has been quiet for; once they are as large as can be, one a millisecond
+    idle = (0.5 - QUIET - 0.03) * MOST / 0.001
     assert 10 * idle <= job.copied <= 10 * (0.501 * MOST / 0.001 + MIN_RATE)
     late = [size for size, time in zip(job.sizes, job.times, strict=True) if 0.01 < time % 1 < 0.5]
     assert set(late) == {LEAST}
+
+
+async def test_a_guest_that_pauses_for_a_moment_is_not_held_up_by_long_steps(autojump_clock: MockClock) -> None:
+    """It pauses for 20 milliseconds at a time."""
+    job = Copy(make_disk(), took=lambda size: size / (1 << 30))
+    async with running(job) as nursery:
+        await trio.sleep(1)
+        assert job.sizes[-1] == MOST
+        nursery.start_soon(make_requests, job.disk, 0.02)
+        await trio.sleep(0.1)
+        steps = len(job.sizes)
+        await trio.sleep(10)
+    assert max(job.took(size) for size in job.sizes[steps:]) <= 2 * 0.02 * TRUST
+    # and its pauses are used all the same
+    assert sum(job.sizes[steps:]) > 10 * 10 * MIN_RATE
+
+
+async def test_a_server_that_was_kept_from_running_first_looks_what_was_asked_of_it(mock_clock: MockClock) -> None:
+    """When it runs again, the job has waited for long enough, and a request has come that it has not read yet."""
+    disk = make_disk()
+    pacer = Pacer(disk)
+    for _ in range(50):
+        disk.stats.reads += 1
+        pacer.go()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pacer.give_way, LEAST)
+            nursery.start_soon(make_requests, disk, QUIET)
+            await wait_all_tasks_blocked()
+            mock_clock.jump(QUIET)
+            await wait_all_tasks_blocked()
+            assert len(nursery.child_tasks) == 2, "the job goes on beside a guest that is not idle"
+            nursery.cancel_scope.cancel()
 
 
 async def test_steps_that_take_long_become_small(autojump_clock: MockClock) -> None:
