@@ -10,8 +10,11 @@ import trio
 
 from cowfs.block.alignment import align_up
 
-#: bytes of a step while the guest is busy, if that is whole clusters
-LEAST = 64 << 10
+#: bytes of a step while the guest is busy, if that is whole clusters: what is asked in the meantime waits for it, so
+#: that fewer, larger ones are felt by fewer requests
+LEAST = 256 << 10
+#: bytes of a step whatever the limit, if that is whole clusters
+SMALLEST = 64 << 10
 #: bytes of a step that nobody is in the way of
 MOST = 8 << 20
 #: bytes a second that are copied however busy the guest is
@@ -25,7 +28,7 @@ TRUST = 0.1
 #: part of the time that goes into looking for something to copy while the guest is busy
 SEARCHING = 0.1
 #: seconds of the minimum rate that are made up for when a step came late
-CATCH_UP = 0.1
+CATCH_UP = 0.2
 
 
 class Guest(Protocol):
@@ -54,9 +57,9 @@ class Pacer:
         self._last_active = -math.inf
 
     def step(self, unit: int, limit: int = MOST) -> int:
-        """Bytes that the next step should copy, whole units; ``limit`` if that is less, but not less than `LEAST`."""
+        """Bytes that the next step should copy, whole units; ``limit`` if that is less, but at least `SMALLEST`."""
         self._least = align_up(LEAST, unit)
-        return max(self._least, align_up(min(self._size, limit), unit))
+        return align_up(min(self._size, max(limit, SMALLEST)), unit)
 
     async def give_way(self, copied: int) -> None:
         """Judge the step that has just ended, and return when the next one may begin."""
@@ -82,7 +85,7 @@ class Pacer:
 
     def _resize(self, took: float, longest: float) -> None:
         if took > longest:
-            self._size = max(LEAST, self._size // 2)
+            self._size = max(SMALLEST, self._size // 2)
         elif took < longest / 2:
             self._size = min(MOST, self._size * 2)
 
@@ -98,10 +101,10 @@ class Pacer:
         return True
 
     def _is_guest_active(self) -> bool:
-        """Whether it made requests since the last look, or waits for an answer."""
+        """Whether it made requests since the last look, or until a moment ago, or waits for an answer."""
+        now = trio.current_time()
         requests = self._guest.requests
-        active = requests != self._seen or self._guest.waiting > 0
+        if requests != self._seen or self._guest.waiting > 0:
+            self._last_active = now
         self._seen = requests
-        if active:
-            self._last_active = trio.current_time()
-        return active
+        return now - self._last_active < QUIET

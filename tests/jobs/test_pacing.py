@@ -263,6 +263,7 @@ async def test_looking_for_something_to_copy_takes_a_part_of_the_time(autojump_c
         await pacer.give_way(0)
         assert trio.current_time() - start == pytest.approx(0.01 / SEARCHING)
     disk.waiting = 0
+    await trio.sleep(QUIET)
     start = trio.current_time()
     for _ in range(20):
         await pacer.give_way(0)
@@ -282,7 +283,7 @@ async def test_rate_and_eta_follow_the_guest(autojump_clock: MockClock) -> None:
         await trio.sleep(3600)
         assert (job.rate, job.eta) == (0, None)
         job.resume()
-        await trio.sleep(2)
+        await trio.sleep(4)
         assert job.rate == pytest.approx(MIN_RATE, rel=0.1)
 
 
@@ -387,5 +388,5 @@ async def test_a_stream_stands_still_as_soon_as_it_is_paused() -> None:
         job.pause()
         gate.open()
         await wait_all_tasks_blocked()
-        assert (job.state, job.offset) == (State.PAUSED, CLUSTER)
+        assert (job.state, job.offset) == (State.PAUSED, LEAST)
         job.cancel()
