@@ -159,7 +159,8 @@ async def test_a_commit_copies_what_is_above(
     assert_holds(base, format, expected)
     assert_holds(path, path.suffix[1:], expected)
     if kernel.error is None and top != "qcow2-512":
-        assert kernel.copied > M
+        # large steps, that is; what is small is copied by the loop itself
+        assert kernel.copied > 512 * K
 
 
 @pytest.mark.needs("qemu-img")

@@ -72,7 +72,9 @@ def unpack(packed: bytes, compression_type: int, cluster_size: int) -> bytes:
             with zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=False) as reader:
                 data = reader.read(cluster_size)
     except (_InflateError, zstandard.ZstdError) as error:
-        raise CorruptImage(f"a compressed cluster cannot be unpacked: {error}") from error
+        # in our words, which do not depend on whose library it was
+        kind = "zstd" if compression_type else "deflate"
+        raise CorruptImage(f"a compressed cluster cannot be unpacked: its bytes are no {kind} data") from error
     if len(data) != cluster_size:
         raise CorruptImage(f"a compressed cluster holds {len(data)} bytes in place of {cluster_size}")
     return data
