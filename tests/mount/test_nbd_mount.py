@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -157,12 +158,13 @@ def test_a_mount_ends_although_requests_are_held(servers: Servers, base: Path, t
         reader.wait()
 
 
-def _write_at(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+#: writes bytes, named in the order FILE OFFSET BYTES, and makes them durable
+_WRITE = """
+import os, sys
+file = os.open(sys.argv[1], os.O_WRONLY)
+os.pwrite(file, sys.argv[3].encode(), int(sys.argv[2]))
+os.fsync(file)
+"""
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
@@ -185,10 +187,10 @@ def test_an_image_on_a_server_is_written(
         file.write(b"written")
         os.fsync(file.fileno())
     server.kill()
-    with ThreadPoolExecutor() as pool:
-        writing = pool.submit(_write_at, flat, 2000, b"afterwards")
+    # not by this process: what is forked from it to be the server would close the file, too, and wait for a flush
+    with subprocess.Popen([sys.executable, "-c", _WRITE, flat, "2000", "afterwards"]) as writing:
         server.start()
-        writing.result(30)
+        assert writing.wait(30) == 0
     assert shell(f"df {mounted.point}").returncode == 0
     mounted.umount()
     expected = bytearray(content)
