@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from nbdservers import Servers
 if os.environ.pop("CI", None) or os.environ.pop("BUILD_NUMBER", None):
     os.environ["COWFS_CI"] = "1"
 _UNDER_CI = "COWFS_CI" in os.environ
+# A test run in the background of a shell ignores Ctrl-C, and so would all that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if _UNDER_CI:
     settings.load_profile("ci")
 

@@ -201,8 +201,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-        # a test run in the background of a shell ignores Ctrl-C, and so would what it starts
-        command = ["env", "--default-signal=INT", sys.executable, "-m", "cowfs", *map(str, words)]
+        command = [sys.executable, "-m", "cowfs", *map(str, words)]
         self.process = subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env=environment)
         os.close(slave)
         self._data = b""
