@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import check, machine, run
-from streamers import CowfsStream, QemuStream, Streamer, fio_latencies
+from streamers import CowfsStream, QemuStream, Streamer, fio_latencies, remove, streamed, sync
 
 DEPTHS = (1, 8)
 AREAS = ("own", "all")
@@ -62,18 +62,6 @@ def make_overlay(base: Path, own: int = 0) -> Path:
     return image
 
 
-def remove(image: Path) -> None:
-    """Remove an image, with the journal of a job that was still at work, which would go on with the next one."""
-    for file in image.parent.glob(f"{image.name}*"):
-        file.unlink()
-
-
-def sync(path: Path) -> None:
-    """Make a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def busy(peer: Streamer, base: Path, area: str, work: str, depth: int, options: argparse.Namespace) -> dict[str, Any]:
     """Figures of one guest, without and with a stream."""
     image = make_overlay(base, options.own)
@@ -97,21 +85,6 @@ def busy(peer: Streamer, base: Path, area: str, work: str, depth: int, options: 
         "ended": reached is None,
         "rate": None if reached is None else (reached - begun) / elapsed,
     }
-
-
-def idle(peer: Streamer, base: Path) -> float:
-    """Bytes a second of a stream with nobody else there."""
-    image = make_overlay(base)
-    with peer.serving(image, "qcow2", base.parent):
-        start = time.monotonic()
-        peer.start_stream()
-        peer.finish()
-        sync(image)
-        elapsed = time.monotonic() - start
-    check(image, "qcow2")
-    run("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", image, base)
-    remove(image)
-    return base.stat().st_size / elapsed
 
 
 def copy(base: Path) -> float:
@@ -162,7 +135,8 @@ def run_idle(options: argparse.Namespace) -> list[dict[str, Any]]:
         with scratch(where) as folder:
             base = make_base(folder, options.idle_size)
             rounds = [
-                {**{peer.name: idle(peer, base) for peer in peers}, "cp": copy(base)} for _ in range(options.rounds)
+                {**{peer.name: streamed(peer, make_overlay(base), base) for peer in peers}, "cp": copy(base)}
+                for _ in range(options.rounds)
             ]
         names = [*(peer.name for peer in peers), "cp"]
         median = {name: statistics.median(found[name] for found in rounds) for name in names}

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 from exports import await_file
 from network import FAR, Hosts, two_hosts
-from peers import Cowfs, Peer, QemuExport, check, machine, run
-from streamers import CowfsStream
+from peers import Cowfs, Peer, QemuExport, machine, run
+from streamers import CowfsStream, remove, streamed, sync
 
 MIB = 1 << 20
 NBD_PORT, HTTP_PORT = 10809, 8080
@@ -107,12 +107,6 @@ def serving_socket(folder: Path, disk: Path) -> Iterator[str]:
         path.unlink(missing_ok=True)
 
 
-def drop(path: Path) -> None:
-    """Remove an image, with what lies beside it."""
-    for file in path.parent.glob(f"{path.name}*"):
-        file.unlink()
-
-
 # -- start
 
 
@@ -140,7 +134,7 @@ def start_overlay(hosts: Hosts, peer: Peer, url: str, folder: Path, digest: str)
         usable(flat, folder, digest)
         result = time.monotonic() - start, hosts.received() - before
     check_alone(image)
-    drop(image)
+    remove(image)
     return result
 
 
@@ -187,22 +181,13 @@ def run_start(hosts: Hosts, folder: Path, options: argparse.Namespace) -> dict[s
 # -- stream
 
 
-def streamed(prefix: tuple[str, ...], url: str, base: Path, folder: Path) -> float:
+def streamed_over(prefix: tuple[str, ...], url: str, base: Path, folder: Path) -> float:
     """Bytes a second of a stream."""
     image = folder / "overlay.qcow2"
     peer = CowfsStream()
     peer.prefix = prefix
     run(*prefix, COWFS, "create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", image)
-    with peer.serving(image, "qcow2", folder):
-        start = time.monotonic()
-        peer.start_stream()
-        peer.finish()
-        sync(image)
-        elapsed = time.monotonic() - start
-    check(image, "qcow2")
-    run("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", image, base)
-    drop(image)
-    return base.stat().st_size / elapsed
+    return streamed(peer, image, base)
 
 
 def copied(prefix: tuple[str, ...], url: str, base: Path, folder: Path) -> float:
@@ -216,12 +201,6 @@ def copied(prefix: tuple[str, ...], url: str, base: Path, folder: Path) -> float
     return base.stat().st_size / elapsed
 
 
-def sync(path: Path) -> None:
-    """Make a file durable."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def run_stream(hosts: Hosts, folder: Path, options: argparse.Namespace, where: str) -> dict[str, Any]:
     """A stream and nbdcopy, over the link or a socket."""
     base = folder / "base.raw"
@@ -232,7 +211,7 @@ def run_stream(hosts: Hosts, folder: Path, options: argparse.Namespace, where: s
     with serving(hosts, base) if is_link else nullcontext(), serving_socket(folder, base) as uri:
         url = NBD if is_link else uri
         ways = {
-            "cowfs": lambda: streamed(prefix, url, base, folder),
+            "cowfs": lambda: streamed_over(prefix, url, base, folder),
             "nbdcopy": lambda: copied(prefix, url, base, folder),
         }
         for number in range(options.rounds):
@@ -259,7 +238,7 @@ def read(hosts: Hosts, url: str, base: Path, folder: Path) -> float:
         if hashlib.file_digest(file, "sha256").hexdigest() != found:
             sys.exit(f"bench: {url} has been read wrongly")
     check_alone(image)
-    drop(image)
+    remove(image)
     return base.stat().st_size / elapsed
 
 

@@ -1,6 +1,7 @@
 """Servers with a stream at work on what they serve, and what guests feel of it."""
 
 import json
+import os
 import select
 import signal
 import socket
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from peers import PATIENCE, Cowfs, Peer, fio_job
+from peers import PATIENCE, Cowfs, Peer, check, fio_job, run
 
 
 class Streamer(Protocol):
@@ -168,6 +169,32 @@ def _await(is_there: Callable[[], bool], process: "subprocess.Popen[bytes]") -> 
         if process.poll() is not None or time.monotonic() > deadline:
             sys.exit("bench: qemu-storage-daemon did not start")
         time.sleep(0.02)
+
+
+def streamed(peer: Streamer, image: Path, base: Path) -> float:
+    """Bytes a second of a stream of all of ``base`` into an empty overlay, which is looked at, and removed then."""
+    with peer.serving(image, "qcow2", image.parent):
+        start = time.monotonic()
+        peer.start_stream()
+        peer.finish()
+        sync(image)
+        elapsed = time.monotonic() - start
+    check(image, "qcow2")
+    run("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", image, base)
+    remove(image)
+    return base.stat().st_size / elapsed
+
+
+def sync(path: Path) -> None:
+    """Make a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def remove(image: Path) -> None:
+    """Remove an image, with the journal of a job that was still at work, which would go on with the next one."""
+    for file in image.parent.glob(f"{image.name}*"):
+        file.unlink()
 
 
 class Latencies(NamedTuple):
