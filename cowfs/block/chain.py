@@ -212,9 +212,7 @@ class Chain:
                 await self._allocate(depth, start, data[start - offset : end - offset])
                 continue
             for extent in extents:
-                part = data[extent.offset - offset : extent.end - offset]
-                if not layer.data_storage.write_now(extent.host_offset, (part,)):
-                    await layer.data_storage.write(extent.host_offset, (part,))
+                await layer.write_in_place(extent.host_offset, (data[extent.offset - offset : extent.end - offset],))
 
     async def _vet(self, depth: int, offset: int, data: memoryview) -> None:
         """Show the image what the start of its disk is about to become."""

@@ -11,6 +11,7 @@ All offsets and lengths are bytes.
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import NamedTuple
 
 import trio
@@ -179,7 +180,7 @@ class Discarding(Stack):
         top = self.layers[0]
         await top.begin()
         if punch and extent.length >= HOLE:
-            await top.data_storage.punch(extent.host_offset, extent.length)
+            await top.change_in_place(partial(top.data_storage.punch, extent.host_offset, extent.length))
         else:
             await self.fill_layer(0, extent.offset, extent.end)
 

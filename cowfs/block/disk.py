@@ -20,8 +20,9 @@ from cowfs.block.layer import Layer
 from cowfs.block.moves import SECTOR
 from cowfs.block.owners import Piece
 from cowfs.block.partial import Below, PartialClusters
+from cowfs.block.spaceretry import lacks_space
 from cowfs.block.upkeep import complete_clusters, flush_periodically, rest_when_idle
-from cowfs.errors import CowfsError, OutOfRange, ReadOnly, UsageError
+from cowfs.errors import CowfsError, OutOfRange, ReadOnly, StorageError, UsageError
 
 #: seconds between the flushes that bound what a crash can lose where no fsync comes
 FLUSH_INTERVAL = 5.0
@@ -122,6 +123,15 @@ class Disk(Discarding):
 
     def write_now(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
         """Overwrite allocated space without suspending; False if any of it needs more than that."""
+        try:
+            return self._overwrite_now(offset, data)
+        except StorageError as error:
+            if lacks_space(error):
+                # what is a hole on the host by now; space may be owed
+                return False
+            raise
+
+    def _overwrite_now(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
         length = len(data)
         self._check_write(offset, length)
         if not self.lock.is_free(offset, offset + length):
@@ -174,6 +184,8 @@ class Disk(Discarding):
     async def _write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         length = len(data)
         async with self._holding(offset, offset + length) as (start, end):
+            # it may have become shorter
+            self._check_write(offset, length)
             top = self.layers[0]
             if top.partial is not None and end - start == self.cluster_size and offset >= top.image.vetted:
                 await top.begin()

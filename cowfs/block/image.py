@@ -226,8 +226,16 @@ class Image(ABC):
 
     @property
     def owes_space(self) -> bool:
-        """Whether there is host space that the last flush could not give back yet."""
+        """Whether there is host space that was let go of, and cannot be used again yet."""
         return False
+
+    @property
+    def let_go(self) -> int:
+        """How often anything that was in use has been let go of since it was opened; it only grows."""
+        return 0
+
+    async def regain(self) -> None:
+        """Have host space that is owed back, as far as there is any; waits for the readers that may be in it."""
 
     async def flush(self) -> None:
         """Make data and metadata durable, in an order that is safe at every instant."""

@@ -13,6 +13,7 @@ import trio
 from cowfs.block.extent import NO_OFFSET, Extent, Kind, merge, patched
 from cowfs.block.image import Backing, Image, Run
 from cowfs.block.partial import Partial, PartialClusters
+from cowfs.block.spaceretry import SpaceRetry
 from cowfs.errors import CowfsError, OutOfRange, ReadOnly
 from cowfs.storage.base import Storage
 
@@ -34,6 +35,7 @@ class Layer:
         self._lookup = image.lookup
         #: where host offsets of extents lead
         self.data_storage = image.data_storage
+        self._space = SpaceRetry(image)
         #: whether the image has been told that it is being written to
         self.begun = False
         # flushes that are under way, and what tells when the last of them is over
@@ -235,21 +237,38 @@ class Layer:
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
         await self.complete(offset, offset + length)
-        reservation = await self.image.reserve(offset, length)
-        try:
-            end = offset + length if self.image.writes_past_end else min(offset + length, self.size)
-            await fill(_places(reservation.runs, offset, end))
-        except BaseException:
-            self.image.release(reservation)
-            raise
-        self.image.link(reservation)
+
+        async def attempt() -> None:
+            reservation = await self.image.reserve(offset, length)
+            try:
+                end = offset + length if self.image.writes_past_end else min(offset + length, self.size)
+                await fill(_places(reservation.runs, offset, end))
+            except BaseException:
+                self.image.release(reservation)
+                raise
+            self.image.link(reservation)
+
+        await self._space.insist(attempt)
+
+    async def write_in_place(self, host_offset: int, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write where the layer has its own data, which may be a hole on the host by now."""
+
+        async def attempt() -> None:
+            if not self.data_storage.write_now(host_offset, buffers):
+                await self.data_storage.write(host_offset, buffers)
+
+        await self._space.insist(attempt)
+
+    async def change_in_place(self, change: Callable[[], Awaitable[None]]) -> None:
+        """Have ``change`` write where the layer has its own data; it may be called again from the start."""
+        await self._space.insist(change)
 
     async def write_packed(self, offset: int, packed: bytes) -> None:
         """Write one whole cluster that `Image.pack` has packed; it may reach beyond the end of the disk."""
         self._check_write(offset, min(self.cluster_size, self.size - offset))
         await self.begin()
         await self.complete(offset, offset + self.cluster_size)
-        await self.image.write_packed(offset, packed)
+        await self._space.insist(partial(self.image.write_packed, offset, packed))
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
         """Make whole units read as zeros without data; False if the format cannot."""
@@ -276,10 +295,11 @@ class Layer:
         """
         self._check_write(offset, min(length, self.size - offset))
         await self.begin()
+        insist = partial(self._space.insist, partial(change, offset, length))
         if not self._parts or self._partial is None:
-            return await change(offset, length)
+            return await insist()
         async with self._partial.claimed(offset, offset + length) as claimed:
-            changed = await change(offset, length)
+            changed = await insist()
             if changed:
                 self._partial.forget(claimed)
         return changed

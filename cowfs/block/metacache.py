@@ -14,12 +14,26 @@ A flush that finds only data and ``BODY`` costs one flush of the storage; with `
 ``COUNTS_LINK`` besides (rare: a refcount block was added) three.
 
 The state that a flush writes is taken in one breath at its start. What changes while it is under way is
-dirty again, for the next one.
+dirty again, for the next one. A table's life, by its pages::
+
+             set                  a flush begins                   the flush succeeds
+    clean ─────────────▶ dirty ──────────────────▶ being written ────────────────────▶ clean
+      ▲                  ▲   ▲                       │        │ set
+      │ load             │   └───────────────────────┘        ▼
+      │                  │        the flush fails       being written, and dirty
+    on disk only ◀─┐     └────────────────────────────────────┘
+      ▲            │             the flush ends, either way
+      └── evict ───┘ (clean and not pinned, nothing else)
+
+What the file says of a page is the truth only while the page is clean. So whoever wants to read tables in the file, to
+let go of them, or to take their place, wants them clean: neither dirty nor being written.
 """
 
 import sys
 from array import array
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from enum import IntEnum
 from typing import Literal
 
@@ -53,9 +67,11 @@ class Table:
 
     ``fresh`` says that nothing on disk leads to it yet. ``pins`` counts who keeps it from being evicted.
     ``shared`` says that tables of other images have the same entries, so that a change needs a copy first.
+    ``dirty`` has the numbers of the pages that no flush has taken yet; ``being_written`` says that a flush has taken
+    others, which are not durable yet, and perhaps not even in the file.
     """
 
-    __slots__ = ("dirty", "entries", "fresh", "level", "offset", "pins", "secured", "shared")
+    __slots__ = ("being_written", "dirty", "entries", "fresh", "level", "offset", "pins", "secured", "shared")
 
     def __init__(self, offset: int, entries: "array[int]", level: Level, *, fresh: bool) -> None:
         self.offset = offset
@@ -66,7 +82,13 @@ class Table:
         #: whether the host's space for it is taken
         self.secured = False
         self.shared = False
+        self.being_written = False
         self.dirty: set[int] = set(range(-(-self.size // PAGE))) if fresh else set()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the file says the same: nothing to write, and nothing on its way."""
+        return not self.dirty and not self.being_written
 
     @property
     def size(self) -> int:
@@ -101,16 +123,39 @@ class Table:
 
 
 class _Snapshot:
-    """What one flush writes: pages by level, and the tables that it makes reachable."""
+    """What one flush writes: pages by level, the tables they are of, and those that it makes reachable."""
 
     def __init__(self) -> None:
         self.pages: dict[Level, list[tuple[Table, range, bytes]]] = {level: [] for level in Level}
         self.fresh: list[Table] = []
+        #: in memory until the flush has ended, unless their place is given up
+        self.tables: list[Table] = []
 
-    def put_back(self) -> None:
-        for pages in self.pages.values():
-            for table, run, _ in pages:
-                table.dirty.update(run)
+    def take(self, table: Table, order: ByteOrder) -> None:
+        """Take the dirty pages of a table, as they are now."""
+        if table.dirty:
+            pages = self.pages[Level.BODY if table.fresh else table.level]
+            pages += [(table, run, table.pages(run, order)) for run in table.dirty_runs()]
+            table.dirty.clear()
+            table.being_written = True
+            self.tables.append(table)
+        if table.fresh:
+            self.fresh.append(table)
+
+    def reached(self) -> None:
+        """The first levels are durable: fresh tables are whole on disk, and what leads to them may follow."""
+        for table in self.fresh:
+            table.fresh = False
+        self.fresh.clear()
+
+    def end(self, *, failed: bool) -> None:
+        """No page is on its way any more; if the flush has failed, all are dirty again."""
+        for table in self.tables:
+            table.being_written = False
+        if failed:
+            for pages in self.pages.values():
+                for table, run, _ in pages:
+                    table.dirty.update(run)
 
 
 class MetadataCache:
@@ -128,6 +173,8 @@ class MetadataCache:
         self._kept: list[Table] = []
         self._loading: dict[int, trio.Event] = {}
         self._lock = trio.Lock()
+        # what the flush under way writes; nothing where there is none
+        self._under_way = _Snapshot()
         self._flushes_wanted = 0
         self._flushes_done = 0
 
@@ -155,6 +202,10 @@ class MetadataCache:
                 entries = common.get(key) if common is not None else None
                 if entries is None:
                     entries = await self.read(offset, size, typecode, what)
+                if (made := self._tables.get(offset)) is not None:
+                    # somebody has made one in this place meanwhile
+                    return made
+                assert not self._is_being_written(offset), "what is being written was read back"
                 table = Table(offset, entries, level, fresh=False)
                 if (common := self._storage.common) is not None:
                     table.entries = common.setdefault(key, entries)
@@ -179,6 +230,8 @@ class MetadataCache:
 
     def add(self, table: Table) -> Table:
         """Take in a table that was made in memory. Raises `StorageError` if the host has no space for it."""
+        known = table.offset in self._tables
+        assert known or not self._is_being_written(table.offset), "a place was given away that is being written to"
         self.secure(table)
         self._insert(table)
         return table
@@ -208,7 +261,8 @@ class MetadataCache:
             self._kept.remove(table)
 
     def clear(self) -> None:
-        """Drop every table, kept ones too: the storage was changed by other means. Nothing may be dirty or pinned."""
+        """Drop every table, kept ones too: the storage was changed by other means. All are clean, none is pinned."""
+        assert self.is_clean, "what was to be written would be lost"
         self._kept.clear()
         self._tables.clear()
         self._bytes = 0
@@ -228,7 +282,7 @@ class MetadataCache:
             if self._bytes <= goal:
                 return
             offset, table = next(iter(self._tables.items()))
-            if table.dirty or table.pins or offset == newest:
+            if table.dirty or table.being_written or table.pins or offset == newest:
                 # out of the way, so that the next search does not meet it again
                 self._tables.move_to_end(offset)
             else:
@@ -248,9 +302,12 @@ class MetadataCache:
         goal = self.bound - self.bound // 4
         if self._bytes > goal:
             self._evict(goal)
-            if self._bytes > goal and self.is_dirty:
+            if self._bytes > goal and not self.is_clean:
                 await self.flush()
                 self._evict(goal)
+
+    def _is_being_written(self, offset: int) -> bool:
+        return any(table.offset == offset for table in self._under_way.tables)
 
     @property
     def resident(self) -> int:
@@ -258,9 +315,9 @@ class MetadataCache:
         return self._bytes
 
     @property
-    def is_dirty(self) -> bool:
-        """Whether a flush would write any table."""
-        return any(table.dirty for table in (*self._kept, *self._tables.values()))
+    def is_clean(self) -> bool:
+        """Whether the file has every table as it is in memory: nothing to write, and nothing on its way."""
+        return all(table.is_clean for table in (*self._kept, *self._tables.values())) and not self._under_way.tables
 
     async def flush(self) -> None:
         """Make durable all data and metadata as they are at some moment after this call.
@@ -277,39 +334,33 @@ class MetadataCache:
             await self._flush_once()
             self._flushes_done = covered
 
+    @asynccontextmanager
+    async def not_flushing(self) -> AsyncIterator[None]:
+        """No flush is under way while the context lasts; those that are asked for meanwhile wait."""
+        async with self._lock:
+            yield
+
     async def _flush_once(self) -> None:
-        snapshot = self._take()
+        snapshot = self._under_way = _Snapshot()
+        failed = True
         try:
-            if self.data_storage is not None:
-                await self.data_storage.flush()
-            for level in Level:
-                pages = snapshot.pages[level]
-                if level > Level.BODY and pages:
-                    await self._storage.flush()
-                    _reached(snapshot)
-                for table, run, data in pages:
-                    await self._storage.write(table.offset + run.start * PAGE, [data])
-            await self._storage.flush()
-            _reached(snapshot)
-        except BaseException:
-            snapshot.put_back()
-            raise
+            for table in (*self._kept, *self._tables.values()):
+                snapshot.take(table, self._order)
+            await self._write(snapshot)
+            failed = False
+        finally:
+            snapshot.end(failed=failed)
+            self._under_way = _Snapshot()
 
-    def _take(self) -> _Snapshot:
-        snapshot = _Snapshot()
-        for table in (*self._kept, *self._tables.values()):
-            if table.dirty:
-                level = Level.BODY if table.fresh else table.level
-                pages = snapshot.pages[level]
-                pages += [(table, run, table.pages(run, self._order)) for run in table.dirty_runs()]
-                table.dirty.clear()
-            if table.fresh:
-                snapshot.fresh.append(table)
-        return snapshot
-
-
-def _reached(snapshot: _Snapshot) -> None:
-    """The first levels are durable: fresh tables are whole on disk, and what leads to them may follow."""
-    for table in snapshot.fresh:
-        table.fresh = False
-    snapshot.fresh.clear()
+    async def _write(self, snapshot: _Snapshot) -> None:
+        if self.data_storage is not None:
+            await self.data_storage.flush()
+        for level in Level:
+            pages = snapshot.pages[level]
+            if level > Level.BODY and pages:
+                await self._storage.flush()
+                snapshot.reached()
+            for table, run, data in pages:
+                await self._storage.write(table.offset + run.start * PAGE, [data])
+        await self._storage.flush()
+        snapshot.reached()

@@ -13,6 +13,7 @@ Whoever else changes such a cluster completes it first, holding the range lock.
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from cowfs.block.extent import NO_OFFSET, Extent, Kind, patched
 from cowfs.block.image import Image, Reservation, Run
 from cowfs.block.moves import SECTOR, Source, moves_into
 from cowfs.block.quiescence import Readers
+from cowfs.block.spaceretry import SpaceRetry, lacks_space
 from cowfs.errors import CowfsError
 from cowfs.storage.base import Move
 
@@ -89,6 +91,7 @@ class PartialClusters:
 
     def __init__(self, image: Image, below: Below, readers: Readers) -> None:
         self._image = image
+        self._space = SpaceRetry(image)
         self._below = below
         self._readers = readers
         self._size = image.cluster_size
@@ -117,7 +120,6 @@ class PartialClusters:
         within = offset & (self._size - 1)
         if (within | length) & (SECTOR - 1) or within + length > self._size:
             return False
-        storage = self._image.data_storage
         number = offset >> self._bits
         cluster = self.clusters.get(number)
         if cluster is None:
@@ -125,7 +127,7 @@ class PartialClusters:
             if cluster is None:
                 return False
             try:
-                done = storage.write_now(cluster.host_offset + within, (data,))
+                done = self._put(cluster, within, data)
             except CowfsError:
                 self._give_back(number, cluster)
                 raise
@@ -134,11 +136,20 @@ class PartialClusters:
                 return False
             self.clusters[number] = cluster
             self._some.set()
-        elif cluster.busy or not storage.write_now(cluster.host_offset + within, (data,)):
+        elif cluster.busy or not self._put(cluster, within, data):
             return False
         self._writes += 1
         cluster.mask |= (1 << (length // SECTOR)) - 1 << within // SECTOR
         return True
+
+    def _put(self, cluster: Partial, within: int, data: bytes | bytearray | memoryview) -> bool:
+        """Write into a cluster's place; False also where the host has no space, which takes a second try."""
+        try:
+            return self._image.data_storage.write_now(cluster.host_offset + within, (data,))
+        except CowfsError as error:
+            if lacks_space(error):
+                return False
+            raise
 
     def fill_now(self, offset: int, data: memoryview) -> None:
         """Enter a write that goes on over several clusters into those of them that are partial and that it covers.
@@ -159,7 +170,12 @@ class PartialClusters:
         self._allowance -= 1
         # asked first: taking may not, but writing will, move the end of the file
         end = image.data_storage.length
-        host = image.take_now(number << self._bits)
+        try:
+            host = image.take_now(number << self._bits)
+        except CowfsError as error:
+            if lacks_space(error):
+                return None
+            raise
         return None if host == NO_OFFSET else Partial(host, reads_zero=host >= end)
 
     def _allow(self) -> bool:
@@ -287,7 +303,7 @@ class PartialClusters:
     async def _try(self, batch: list[tuple[int, Partial]]) -> CowfsError | None:
         """Complete clusters together or, if that fails, one by one; returns the first error of those."""
         try:
-            await self._complete_together(batch)
+            await self._space.insist(partial(self._complete_together, batch))
         except CowfsError as error:
             if len(batch) == 1:
                 return error
@@ -298,7 +314,11 @@ class PartialClusters:
         ]
         return next((failure for failure in failures if failure is not None), None)
 
-    async def _complete_together(self, batch: list[tuple[int, Partial]]) -> None:
+    async def _complete_together(self, wanted: list[tuple[int, Partial]]) -> None:
+        """Complete those of some clusters that nobody has completed meanwhile, or is completing."""
+        batch = [item for item in wanted if self.clusters.get(item[0]) is item[1] and not item[1].busy]
+        if not batch:
+            return
         for _, cluster in batch:
             cluster.busy = True
         try:

@@ -303,7 +303,7 @@ class Stack(Chain):
             # what never reaches beyond the end is made to be zeros there by the image itself as it grows
             if layer.image.writes_past_end:
                 await layer.begin()
-                await layer.data_storage.write(last.host_offset + last.length, [bytes(layer.unit - partial)])
+                await layer.write_in_place(last.host_offset + last.length, [bytes(layer.unit - partial)])
         elif last.kind in (Kind.SHARED, Kind.COMPRESSED) or (last.kind is Kind.UNALLOCATED and shows_below):
             # written anew, it gets zeros there
             await self.write_layer(depth, start, memoryview(await self.read(start, partial, depth)))

@@ -5,6 +5,8 @@ and hardly any time. The rest (compressed clusters, tables that are not in memor
 written. The result is the same.
 """
 
+from functools import partial
+
 from cowfs.block.chain import Chain, by_treatment
 from cowfs.block.layer import Layer, Place
 from cowfs.block.moves import Source, moves_into
@@ -27,7 +29,7 @@ async def copy_range(chain: Chain, source: int, target: int, start: int, end: in
         first, last = extents[0].offset, extents[-1].end
         if in_place:
             places = [Place(extent.offset, extent.host_offset, extent.length) for extent in extents]
-            await _fill(chain, source, layer, places)
+            await layer.change_in_place(partial(_fill, chain, source, layer, places))
         elif first % layer.unit or (last % layer.unit and last < layer.size):
             # what is left of the clusters comes from below the target
             await _copy_through(chain, source, target, first, last)

@@ -10,8 +10,12 @@ might have looked the old place up before.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
+
+import trio
 
 from cowfs.block.alignment import align_up
 from cowfs.block.extent import BELOW, NO_OFFSET, Extent, Kind, continues, merge
@@ -66,9 +70,14 @@ class TwoLevelImage(Image):
 
     def __init__(self) -> None:
         self.readers = Readers()
-        # given up in memory; given up on disk too, with the readers who may still be in there
-        self._dropped: list[_Dropped] = []
+        # given up in memory, oldest first, and how many were before them
+        self._dropped: deque[_Dropped] = deque()
+        self._given_up = 0
+        # given up on disk too, or never referred to there, with the readers who may still be in there
         self._freeing: list[tuple[_Dropped, Mark]] = []
+        # how many are in the middle of freeing some, and what tells when nobody is
+        self._releasing = 0
+        self._released = trio.Event()
 
     # -- what a format says of its entries
 
@@ -278,12 +287,12 @@ class TwoLevelImage(Image):
             host = await self.allocate_table()
             if self.l1.entries[l1_index] != entry:
                 # somebody made it meanwhile
-                self.drop_table(host)
+                self._return([_Dropped(host, is_table=True)])
                 continue
             try:
                 table = self.make_table(host, old)
             except CowfsError:
-                self.drop_table(host)
+                self._return([_Dropped(host, is_table=True)])
                 raise
             table.pins += 1
             self.l1.set(l1_index, self.table_entry(host))
@@ -366,14 +375,23 @@ class TwoLevelImage(Image):
         self._unpin(reservation)
 
     def release(self, reservation: Reservation) -> None:
-        """Give the fresh clusters back; they were never referenced."""
+        """Give the fresh clusters back; they were never referenced, so that no flush has to come before."""
         self._unpin(reservation)
         for run in reservation.runs:
             if run.fresh:
                 first = run.host_offset & -self.cluster_size
-                for host in range(first, run.host_offset + run.length, self.cluster_size):
-                    self._drop(self.encode(host))
+                hosts = range(first, run.host_offset + run.length, self.cluster_size)
+                self._return([_Dropped(self.encode(host), is_table=False) for host in hosts])
         reservation.runs.clear()
+
+    def _return(self, unused: Sequence[_Dropped]) -> None:
+        """Give back what nothing on disk has ever referred to; who knew of it in memory may still be reading there."""
+        mark = self.readers.mark()
+        self._freeing += [(reference, mark) for reference in unused]
+
+    def return_entry(self, entry: int) -> None:
+        """Give back what an entry leads to that was never in a table."""
+        self._return([_Dropped(entry, is_table=False)])
 
     def _unpin(self, reservation: Reservation) -> None:
         for table in reservation.tables:
@@ -452,25 +470,51 @@ class TwoLevelImage(Image):
 
     async def flush(self) -> None:
         """Flush, then hand back the space that was let go of before, once no reader can be in it."""
-        dropped, self._dropped = self._dropped, []
+        end = self.let_go
         mark = self.readers.mark()
-        try:
-            await self.tables.flush()
-        except BaseException:
-            self._dropped = dropped + self._dropped
-            raise
-        self._freeing += [(reference, mark) for reference in dropped]
+        await self.tables.flush()
+        # another flush may have taken some of them, or all
+        while self._given_up < end:
+            self._freeing.append((self._dropped.popleft(), mark))
+            self._given_up += 1
         await self._free_ready()
 
     @property
     def owes_space(self) -> bool:
-        """Readers may still be in it."""
-        return bool(self._freeing)
+        """What waits for a flush, or for the readers that may still be in it."""
+        return bool(self._dropped or self._freeing or self._releasing)
+
+    @property
+    def let_go(self) -> int:
+        """References that were given up."""
+        return self._given_up + len(self._dropped)
+
+    async def regain(self) -> None:
+        """A flush, and the readers' leave."""
+        await self.flush()
+        if self._freeing:
+            await self.readers.gone()
+            await self._free_ready()
+        await self._all_released()
+
+    async def _all_released(self) -> None:
+        """Wait until nobody is in the middle of freeing anything."""
+        while self._releasing:
+            await self._released.wait()
 
     async def settle(self) -> None:
-        """Bring to disk what flushes have freed, until nothing is left to write."""
-        while self._dropped or self.tables.is_dirty:
+        """Bring to disk what flushes have freed."""
+        await self._write_out()
+
+    async def _write_out(self) -> None:
+        """Flush until nothing is left to write, and nothing is on its way."""
+        while not self._is_settled:
+            await self._all_released()
             await self.flush()
+
+    @property
+    def _is_settled(self) -> bool:
+        return not self._dropped and not self._releasing and self.tables.is_clean
 
     def rest(self) -> int:
         """Keep few tables."""
@@ -478,28 +522,48 @@ class TwoLevelImage(Image):
 
     async def quiesce(self) -> None:
         """Bring everything to disk, and free all that was let go of; the caller keeps others from changing it."""
-        await self.settle()
+        await self._write_out()
         while self._freeing:
             await self.readers.gone()
             await self.flush()
-            await self.settle()
+            await self._write_out()
+
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        """Everything is on disk, nothing is left to be freed, and no flush begins, while the context lasts.
+
+        For who changes the image's metadata by other means than its tables. The caller keeps others from changing it;
+        they may go on to ask for flushes, which come later.
+        """
+        while True:
+            await self.quiesce()
+            async with self.tables.not_flushing():
+                # a flush may have come in between, and have freed something
+                if self._is_settled and not self._freeing:
+                    yield
+                    return
 
     async def _free_ready(self) -> None:
         waiting = [item for item in self._freeing if not item[1].passed]
         ready = [item for item in self._freeing if item[1].passed]
         self._freeing = waiting
+        self._releasing += 1
         try:
             while ready:
                 await self.tables.relieve()
                 await self._free(ready[-1][0])
                 ready.pop()
+            await self.reclaim()
         except CorruptImage:
             # that would fail for ever
-            ready.pop()
+            ready = ready[:-1]
             raise
         finally:
             self._freeing += ready
-        await self.reclaim()
+            self._releasing -= 1
+            if not self._releasing:
+                self._released.set()
+                self._released = trio.Event()
 
     async def _free(self, reference: _Dropped) -> None:
         if reference.is_table:

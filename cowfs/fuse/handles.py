@@ -10,6 +10,7 @@ from cowfs.block.detectzeroes import ZeroDetector
 from cowfs.block.disk import Disk
 from cowfs.block.seek import next_data, next_hole
 from cowfs.errors import NotFound, NotPermitted, OutOfRange, Stale, Unsupported, UsageError
+from cowfs.fuse.lostwrites import LostWrites
 from cowfs.fuse.tree import ControlNode, FlatFile, LayerFile, Node
 
 #: what poll(2) says of a file that is always ready
@@ -29,6 +30,8 @@ class Handle:
 
     #: set for flat files, which are read and written past this class
     disk: Disk | ZeroDetector | None = None
+    #: of a flat file's disk
+    lost: LostWrites
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -67,6 +70,7 @@ class FlatHandle(Handle):
         super().__init__(node)
         self.served = node.served
         self.disk = self.served.guest_disk
+        self.lost = self.served.lost
         self._writable = writable
         self.served.open_files += 1
         self.served.writers += writable
@@ -74,7 +78,7 @@ class FlatHandle(Handle):
     async def flush(self) -> None:
         """Flush the disk, unless nothing can have been written through this handle."""
         if self._writable:
-            await self.served.disk.flush()
+            await self.served.flush()
 
     async def fallocate(self, offset: int, length: int, mode: int) -> None:
         """Discard, or zero; space is not taken before something is written, but asking for it is no fault."""
@@ -85,9 +89,9 @@ class FlatHandle(Handle):
             raise OutOfRange(f"space beyond the end of the disk at {disk.size} bytes", file=self.served.file)
         length = min(length, disk.size - offset)
         if length > 0 and mode & PUNCH_HOLE:
-            await disk.discard(offset, length)
+            await self.served.discard_here(offset, length)
         elif length > 0 and mode & ZERO_RANGE:
-            await disk.write_zeroes(offset, length)
+            await self.served.zero(offset, length)
 
     async def seek(self, offset: int, whence: int) -> int:
         """Look again where the kernel had something to write: it asks for holes without having told of that."""

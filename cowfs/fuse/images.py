@@ -16,6 +16,7 @@ from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError,
 from cowfs.formats.chain import Opening, open_disk, remember_base
 from cowfs.formats.overlay import path_beside, put_overlay, require_new
 from cowfs.fuse.descriptors import require_room, too_many
+from cowfs.fuse.lostwrites import LostWrites
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
@@ -100,6 +101,8 @@ class Served:
         self.launder: Callable[[int, int, int], Awaitable[None]]
         #: flat views that are open, and those of them that can write
         self.open_files = self.writers = 0
+        #: what was written to the kernel's cache and could not be stored
+        self.lost = LostWrites()
         #: whether it was taken out of the mount
         self.is_removed = False
         self._copy_on_read = disk.copy_on_read
@@ -142,13 +145,34 @@ class Served:
                     " and never to nothing",
                     file=self.file,
                 )
-            if self._running and (job := self.jobs.active) is not None:
-                raise Busy(f"a {job.verb} job is {job.state.value}; the disk cannot shrink meanwhile", file=self.file)
+            await self._shrink(size)
+
+    async def _shrink(self, size: int) -> None:
+        """Make the disk smaller, with no job on it from now until that is done."""
+        if not self._running:
             await self.disk.shrink(size)
+            return
+        before = self.disk.size
+        if (job := self.jobs.active) is not None:
+            raise Busy(f"a {job.verb} job is {job.state.value}; the disk cannot shrink meanwhile", file=self.file)
+        with self.jobs.kept_out("the disk is being made smaller"):
+            await self.disk.shrink(size)
+        self.lost.rewritten(size, before - size)
 
     async def discard_here(self, offset: int, length: int) -> None:
         """Discard a range, whatever the kernel keeps of it."""
         await self.disk.discard(offset, length)
+        self.lost.rewritten(offset, length)
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, with its space kept."""
+        await self.disk.write_zeroes(offset, length)
+        self.lost.rewritten(offset, length)
+
+    async def flush(self) -> None:
+        """Make durable what was written; an error as long as anything is missing that the kernel has taken."""
+        await self.disk.flush()
+        self.lost.require_none()
 
     async def put_overlay(self, file: str, format: str) -> None:
         """Make a new image the active layer; see `cowfs.formats.overlay.put_overlay`."""
@@ -223,6 +247,7 @@ class Served:
             self._scope.cancel()
             await self._ended.wait()
         await self.disk.close()
+        self.lost.require_none()
 
 
 class Mount:

@@ -41,6 +41,8 @@ class Operations(pyfuse3.Operations):
         self.tree = Tree(mount)
         #: called with a flat file that was written beyond its end
         self.on_overrun: Callable[[Node], None] = lambda node: None
+        #: whether the write that is being handled comes from the kernel's cache; to be asked before it first suspends
+        self.is_writeback: Callable[[], bool] = lambda: self.enable_writeback_cache
         #: ids of threads of ours that have the kernel ask for a size that is only to be told, in the reply
         self.correctors: set[int] = set()
         self._mount = mount
@@ -203,18 +205,35 @@ class Operations(pyfuse3.Operations):
         if handle.disk is None:
             return None
         try:
-            return len(buf) if handle.disk.write_now(off, buf) else None
+            if not handle.disk.write_now(off, buf):
+                return None
         except OutOfRange:
             self.on_overrun(handle.node)
             raise
+        except CowfsError as error:
+            if self.is_writeback():
+                handle.lost.add(off, len(buf), error)
+            raise
+        if handle.lost:
+            handle.lost.rewritten(off, len(buf))
+        return len(buf)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write all of it."""
         handle = self._handles[fh]
-        if handle.disk is not None:
-            await handle.disk.write(off, buf)
-        else:
+        if handle.disk is None:
             await handle.write(off, buf)
+            return len(buf)
+        is_writeback = self.is_writeback()
+        try:
+            await handle.disk.write(off, buf)
+        except OutOfRange:
+            raise
+        except CowfsError as error:
+            if is_writeback:
+                handle.lost.add(off, len(buf), error)
+            raise
+        handle.lost.rewritten(off, len(buf))
         return len(buf)
 
     async def flush(self, fh: int) -> None:
@@ -223,9 +242,9 @@ class Operations(pyfuse3.Operations):
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Make durable what was written to the disk, through whatever handle."""
-        disk = self._handles[fh].disk
-        if disk is not None:
-            await disk.flush()
+        served = self._handles[fh].node.served
+        if served is not None and self._handles[fh].disk is not None:
+            await served.flush()
 
     async def fallocate(self, fh: int, offset: int, length: int, mode: int) -> None:
         """Make holes and zeros; called by way of `cowfs.fuse.shim`."""

@@ -127,6 +127,7 @@ class _Server:
         mount.truncate = self._truncate
         mount.discard = self._discard
         mount.launder = requests.launder
+        operations.is_writeback = requests.is_writeback
 
     async def run(self) -> int:
         """Serve; the exit code."""

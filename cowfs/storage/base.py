@@ -76,6 +76,11 @@ class Storage(ABC):
         return False
 
     @property
+    def limit(self) -> int | None:
+        """Bytes that it can have at the most, whatever else is free: all of a device. None where it can grow."""
+        return self.length if self.keeps_old_bytes else None
+
+    @property
     def version(self) -> str:
         """What a store calls the version of its bytes, the same as long as they are; '' where nobody says that."""
         return ""

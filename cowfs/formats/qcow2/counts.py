@@ -41,7 +41,8 @@ class CountChanges:
         """Read all blocks of a refcount table. Raises `CorruptImage` for one that is in no place for it."""
         per_block = 8 * header.cluster_size >> header.refcount_order
         blocks: dict[int, npt.NDArray[np.unsignedinteger]] = {}
-        length = -(-storage.length >> header.cluster_bits)
+        # a device ends where it does, whatever of it was ever in use
+        length = -(-storage.length >> header.cluster_bits) if storage.limit is None else 0
         for index in np.flatnonzero(table & np.uint64(REFCOUNT_BLOCK_MASK)).tolist():
             offset = int(table[index]) & REFCOUNT_BLOCK_MASK
             if offset % header.cluster_size or offset >= storage.length:

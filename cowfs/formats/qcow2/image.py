@@ -31,6 +31,7 @@ from cowfs.formats.qcow2.layout import (
     SECTOR,
     ZERO,
     Header,
+    full_size,
     has_refcount_table,
     parse_header,
 )
@@ -49,6 +50,8 @@ else:
 UNPACKED_BYTES = 4 << 20
 #: part of the file that may wait to become free before the file grows
 MAX_PENDING = 64
+#: bytes that file systems give, and take back, at once
+HOST_BLOCK = 4096
 
 
 class Qcow2Image(TwoLevelImage):
@@ -197,14 +200,15 @@ class Qcow2Image(TwoLevelImage):
 
     async def allocate(self, count: int) -> tuple[int, int]:
         """Up to ``count`` clusters; see `Refcounts.allocate`."""
+        if self.refcounts.would_grow(count) and self._is_better_flushed(count):
+            await self.flush()
         first, taken = await self.refcounts.allocate(count)
         return first << self.cluster_bits, taken
 
     async def allocate_data(self, offset: int, count: int) -> tuple[int, int]:
         """Go on where the cluster before lies, if there is room; see `Refcounts.choose`."""
         after = self._continuation(offset)
-        if self.refcounts.would_grow(count, after) and self._is_much(len(self._dropped) + len(self._freeing)):
-            # rather wait than let the file grow by what is free but not durably so
+        if self.refcounts.would_grow(count, after) and self._is_better_flushed(count):
             await self.flush()
         first, taken = await self.refcounts.allocate(count, after)
         self._last = offset + (taken << self.cluster_bits), first + taken
@@ -213,7 +217,7 @@ class Qcow2Image(TwoLevelImage):
     def take_now(self, offset: int) -> int:
         """`allocate_data` one cluster, if that finds all it needs in memory."""
         after = self._continuation(offset)
-        if self._is_much(len(self._dropped) + len(self._freeing)) and self.refcounts.would_grow(1, after):
+        if self._is_better_flushed(1) and self.refcounts.would_grow(1, after):
             return NO_OFFSET
         first = self.refcounts.take_now(after)
         if first is None:
@@ -235,8 +239,13 @@ class Qcow2Image(TwoLevelImage):
         host = 0 if entry & COMPRESSED else (entry & OFFSET_MASK) >> self.cluster_bits
         return host + 1 if host else None
 
-    def _is_much(self, clusters: int) -> bool:
-        return clusters > self.refcounts.end // MAX_PENDING
+    def _is_better_flushed(self, count: int) -> bool:
+        """Whether to wait rather than let the file grow by clusters while others are free, but not durably so."""
+        pending = len(self._dropped) + len(self._freeing)
+        if self.cluster_size < HOST_BLOCK and self.refcounts.end + count > self.refcounts.ample:
+            # what is free inside of a block of the host gives no space back
+            return pending > 0
+        return pending > self.refcounts.end // MAX_PENDING
 
     def _tables_in_use(self) -> npt.NDArray[np.int64]:
         """Host clusters of L1 and L2 tables."""
@@ -244,6 +253,11 @@ class Qcow2Image(TwoLevelImage):
         own = np.arange(first, first + -(-self.l1.size >> self.cluster_bits))
         places = np.frombuffer(self.l1.entries, np.uint64) & np.uint64(OFFSET_MASK)
         return np.concatenate([own, (places[places != 0] >> np.uint64(self.cluster_bits)).astype(np.int64)])
+
+    async def regain(self) -> None:
+        """Besides, cut off what is free at the end of the file: of blocks of the host, all that can be."""
+        await super().regain()
+        await self.refcounts.trim()
 
     async def settle(self) -> None:
         """Besides, cut off what has become free at the end of the file."""
@@ -347,7 +361,7 @@ class Qcow2Image(TwoLevelImage):
         try:
             await self._set_all(offset, self.cluster_size, entry)
         except BaseException:
-            self._drop(entry)
+            self.return_entry(entry)
             raise
 
     # -- header
@@ -454,6 +468,7 @@ class Qcow2Image(TwoLevelImage):
             self._set_field(24, 8, self.header.size)
             raise
         self.header.size = size
+        self.refcounts.ample = full_size(self.header) >> self.cluster_bits
 
     async def shrink(self, size: int) -> None:
         """See `changes.shrink`."""

@@ -7,6 +7,7 @@ table", "Host cluster management", "Cluster mapping".
 import struct
 from dataclasses import dataclass, field
 
+from cowfs.block.alignment import align_up
 from cowfs.block.image import Backing
 from cowfs.errors import CorruptImage, InvalidImage, Unsupported
 
@@ -26,6 +27,8 @@ MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_BACKING_NAME = 1023
 MAX_SNAPSHOTS = 65536
+#: bytes of an entry of L1 and of the refcount table
+ENTRY_SIZE = 8
 
 INCOMPATIBLE_DIRTY = 1 << 0
 INCOMPATIBLE_CORRUPT = 1 << 1
@@ -318,3 +321,30 @@ def _parse_data_file(header: Header) -> None:
     if header.autoclear & AUTOCLEAR_RAW_DATA and header.backing is not None:
         raise InvalidImage("has a backing file and a raw external data file, which exclude each other")
     header.data_file = name.decode("utf-8", "surrogateescape")
+
+
+def metadata_size(header: Header, size: int, data: int | None = None) -> int:
+    """Bytes of header, tables and counts for a disk of ``size`` bytes, all of it allocated; by the formulas of QEMU.
+
+    ``data`` are the bytes of it that lie in the image itself, if not all of them.
+    """
+    unit = header.cluster_size
+    l2_tables = -(-size // (header.table_entries * unit))
+    tables = unit + l2_tables * unit + align_up(l2_tables * ENTRY_SIZE, unit)
+    clusters = (tables + (size if data is None else data)) // unit
+    per_block, per_table = unit * 8 >> header.refcount_order, unit // ENTRY_SIZE
+    table = blocks = 0
+    while True:
+        # counts are counted too
+        before = table, blocks
+        blocks = -(-(clusters + table + blocks) // per_block)
+        table = -(-blocks // per_table)
+        if (table, blocks) == before:
+            return tables + (blocks + table) * unit
+
+
+def full_size(header: Header) -> int:
+    """Bytes that the file takes when all of the disk is allocated, and nothing else."""
+    size = align_up(header.size, header.cluster_size)
+    data = 0 if header.incompatible & INCOMPATIBLE_DATA_FILE else size
+    return data + metadata_size(header, size, data)

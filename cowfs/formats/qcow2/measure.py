@@ -9,10 +9,7 @@ from cowfs.formats.measuring import Measured, data_runs, disk_size
 from cowfs.formats.qcow2 import bitmaps
 from cowfs.formats.qcow2.create import plan_header
 from cowfs.formats.qcow2.image import Qcow2Image
-from cowfs.formats.qcow2.layout import Header
-
-#: bytes of an entry of any table but L2
-_ENTRY = 8
+from cowfs.formats.qcow2.layout import ENTRY_SIZE, metadata_size
 
 
 async def measure(size: int, source: Disk | None, options: Mapping[str, str]) -> Measured:
@@ -31,26 +28,9 @@ async def measure(size: int, source: Disk | None, options: Mapping[str, str]) ->
     size = align_up(size, header.cluster_size)
     if preallocation in ("falloc", "full") or (source is not None and has_backing):
         required = size
-    full = size + _metadata(header, size)
+    full = size + metadata_size(header, size)
     bitmaps = await _bitmaps(source, header.cluster_size) if header.version >= 3 and source else None
     return Measured(full - size + required, full, bitmaps)
-
-
-def _metadata(header: Header, size: int) -> int:
-    """Bytes of header, tables and counts for a disk of ``size`` bytes, all of it allocated."""
-    unit = header.cluster_size
-    l2_tables = -(-size // (header.table_entries * unit))
-    tables = unit + l2_tables * unit + align_up(l2_tables * _ENTRY, unit)
-    clusters = (tables + size) // unit
-    per_block, per_table = unit * 8 >> header.refcount_order, unit // _ENTRY
-    table = blocks = 0
-    while True:
-        # counts are counted too
-        before = table, blocks
-        blocks = -(-(clusters + table + blocks) // per_block)
-        table = -(-blocks // per_table)
-        if (table, blocks) == before:
-            return tables + (blocks + table) * unit
 
 
 async def _bitmaps(source: Disk, unit: int) -> int | None:
@@ -71,6 +51,6 @@ async def _bitmaps(source: Disk, unit: int) -> int | None:
         if not bitmap.flags & bitmaps.IN_USE:
             bits = -(-image.size >> min(bitmap.granularity_bits, 63))
             clusters = -(-bits // (8 * unit))
-            total += clusters * unit + align_up(clusters * _ENTRY, unit)
+            total += clusters * unit + align_up(clusters * ENTRY_SIZE, unit)
             directory += bitmaps.entry_size(len(bitmap.name))
     return total + align_up(directory, unit)

@@ -56,7 +56,11 @@ async def overhaul(image: Qcow2Image, work: Callable[[Overhaul], Awaitable[None]
     if image.header.incompatible & INCOMPATIBLE_DATA_FILE:
         raise Unsupported("images with an external data file have no internal snapshots, and can only grow")
     await image.begin_writing()
-    await image.quiesce()
+    async with image.still():
+        await _overhaul(image, work)
+
+
+async def _overhaul(image: Qcow2Image, work: Callable[[Overhaul], Awaitable[None]]) -> None:
     change = await Overhaul.begin(image.storage)
     try:
         await work(change)

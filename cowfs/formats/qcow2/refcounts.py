@@ -16,9 +16,10 @@ import trio
 
 from cowfs.block.freespace import FreeRuns
 from cowfs.block.metacache import Level, MetadataCache, Table
-from cowfs.errors import CorruptImage, StorageError
+from cowfs.block.spaceretry import lacks_space
+from cowfs.errors import CorruptImage, CowfsError, StorageError
 from cowfs.formats.qcow2.blocks import Counts, unpack_counts
-from cowfs.formats.qcow2.layout import MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, Header
+from cowfs.formats.qcow2.layout import MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK, Header, full_size
 from cowfs.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -66,7 +67,14 @@ class Refcounts:
         self._order = header.refcount_order
         self._block_bits = header.cluster_bits + 3 - header.refcount_order
         self._typecode = _TYPECODES.get(header.refcount_order, "B")
+        #: clusters that the storage can hold
+        self._limit = storage.limit >> header.cluster_bits if storage.limit is not None else None
+        #: the cluster from which on the file grows only if nothing else is free
+        self.ample = full_size(header) >> header.cluster_bits
         self._next = -(-storage.length >> header.cluster_bits)
+        if self._limit is not None:
+            # of a device, what no block counts was never in use
+            self._next = min(self._next, self._counted_end() << self._block_bits)
         #: free clusters below the end that are known of; the blocks from ``_unseen`` on were not looked at yet
         self._free = FreeRuns()
         self._unseen = 0
@@ -85,6 +93,11 @@ class Refcounts:
         return self._next
 
     # -- counts
+
+    def _counted_end(self) -> int:
+        """Index after the last block of counts."""
+        used = np.flatnonzero(np.frombuffer(self.table.entries, np.uint64) & np.uint64(OFFSET_MASK))
+        return int(used[-1]) + 1 if len(used) else 0
 
     def _block_offset(self, cluster: int) -> int:
         """Host offset of the refcount block of a cluster; 0 if there is none."""
@@ -182,6 +195,7 @@ class Refcounts:
         count = self._get(block, cluster)
         if not 0 < count < (1 << (1 << self._order)) - 1:
             return False
+        self._tables.secure(block)
         self._set(block, cluster, count + 1)
         return True
 
@@ -205,7 +219,10 @@ class Refcounts:
     # -- allocating
 
     def choose(self, count: int, after: int | None = None) -> tuple[int, int]:
-        """Say which clusters `allocate` would take next, from what is known: (first, how many)."""
+        """Say which clusters `allocate` would take next, from what is known: (first, how many).
+
+        None, at the end of a storage that cannot grow.
+        """
         run = self._free.around(after) if after is not None else None
         if run is not None and after is not None:
             return after, min(count, sum(run) - after)
@@ -214,12 +231,20 @@ class Refcounts:
         if start is not None:
             return start, count
         longest = self._free.longest()
-        if longest is not None and self._free.total > self._next // MAX_WASTE:
+        is_full = self._next >= self.ample or self._room == 0
+        if longest is not None and (is_full or self._free.total > self._next // MAX_WASTE):
             return longest[0], min(count, longest[1])
-        return self._next, count
+        if longest is not None:
+            count = min(count, self.ample - self._next)
+        return self._next, count if self._room is None else min(count, self._room)
+
+    @property
+    def _room(self) -> int | None:
+        """Clusters by which the storage can still grow; None where nobody knows."""
+        return None if self._limit is None else max(0, self._limit - self._next)
 
     def would_grow(self, count: int, after: int | None = None) -> bool:
-        """Whether `allocate` would take new clusters at the end of the file."""
+        """Whether `allocate` would take new clusters at the end of the file, or find none."""
         return self.choose(count, after)[0] >= self._next
 
     async def allocate(self, count: int, after: int | None = None) -> tuple[int, int]:
@@ -235,13 +260,15 @@ class Refcounts:
                 continue
             first, wanted = self.choose(count, after)
             reused = first < self._next
-            if not reused and not searched:
+            if not reused and (not searched or (not wanted and self._is_unseen)):
                 searched = True
                 await self._search()
                 continue
+            if not wanted:
+                raise self._no_space()
             offset = self._block_offset(first)
             if not offset:
-                await self._extend(0)
+                await self._grow_counts(first)
                 continue
             block = self._tables.get(offset)
             if block is None:
@@ -255,13 +282,30 @@ class Refcounts:
             if taken:
                 return first, taken
 
+    async def _grow_counts(self, first: int) -> None:
+        """Make a block for clusters at the end of the file; if there is no space for that, have what is free used."""
+        try:
+            await self._extend(0)
+        except CowfsError as error:
+            if not lacks_space(error) or not len(self._free) or self.ample <= first:
+                raise
+            self.ample = first
+
+    @property
+    def _is_unseen(self) -> bool:
+        """Whether there are blocks left that were not looked at since the image was opened."""
+        return self._unseen << self._block_bits < self._next and len(self._free) < MAX_RUNS
+
+    def _no_space(self) -> StorageError:
+        return StorageError("is full", errno=errno.ENOSPC, file=self._storage.name)
+
     def take_now(self, after: int | None = None) -> int | None:
         """`allocate` one cluster; None if that takes more than what is in memory."""
         if self._trimming is not None:
             return None
-        first, _ = self.choose(1, after)
+        first, wanted = self.choose(1, after)
         reused = first < self._next
-        if not reused and self._unseen << self._block_bits < self._next and len(self._free) < MAX_RUNS:
+        if not wanted or (not reused and self._is_unseen):
             return None
         offset = self._block_offset(first)
         block = self._tables.get(offset) if offset else None
@@ -363,6 +407,7 @@ class Refcounts:
     def _claim(self, block: Table, first: int, wanted: int) -> int:
         """Count clusters from ``first`` as used, as far as they are free and in this block."""
         end = min(first + wanted, (first >> self._block_bits) + 1 << self._block_bits)
+        self._tables.secure(block)
         cluster = first
         while cluster < end and not self._get(block, cluster):
             self._set(block, cluster, 1)
@@ -378,6 +423,8 @@ class Refcounts:
         while True:
             first = self._next
             blocks, table_clusters, end = self._plan(first, count)
+            if self._limit is not None and end > self._limit:
+                raise self._no_space()
             if await self._is_usable(first, end, blocks):
                 break
         # before anything changes
@@ -389,6 +436,7 @@ class Refcounts:
         for cluster in range(first, end):
             block = self._tables.get(self._block_offset(cluster))
             assert block is not None, "made just now, or found in memory by _is_usable"
+            self._tables.secure(block)
             self._set(block, cluster, 1)
         self._next = end
         return end - count

@@ -38,7 +38,7 @@ async def compact(image: QedImage) -> None:
 
     Raises `CorruptImage`, changing nothing, if the image is damaged.
     """
-    await image.collect()
+    await image.quiesce()
     found = await _scan(image)
     if not found.empty and not found.used.count_free():
         return

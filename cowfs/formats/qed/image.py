@@ -10,10 +10,12 @@ from array import array
 
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import NO_OFFSET, Kind
+from cowfs.block.freespace import FreeRuns
 from cowfs.block.image import Backing
 from cowfs.block.metacache import DEFAULT_BOUND, MIN_TABLES, Level, MetadataCache, Table
+from cowfs.block.spaceretry import lacks_space
 from cowfs.block.twolevel import TwoLevelImage
-from cowfs.errors import CorruptImage, InvalidImage, Unsupported, UsageError
+from cowfs.errors import CorruptImage, InvalidImage, StorageError, Unsupported, UsageError
 from cowfs.formats.qed.check import Entries, Scan, check, entries_of, scan
 from cowfs.formats.qed.compact import compact
 from cowfs.formats.qed.create import backing_features, encode_name
@@ -109,6 +111,8 @@ class QedImage(TwoLevelImage):
         self._begun = SharedStep(self._begin)
         #: besides that, puts the need-check bit on disk
         self._marked = SharedStep(self._set_need_check)
+        # let go of, and not handed back yet
+        self._returned = FreeRuns()
         #: False once free clusters may have got out of sight
         self.knows_free = True
 
@@ -188,16 +192,23 @@ class QedImage(TwoLevelImage):
             self.tables.forget(table)
 
     async def free_entry(self, entry: int) -> None:
-        """The cluster may be handed out again at once."""
-        self.space.give(entry >> self.cluster_bits, 1)
+        """The cluster may be handed out again once `reclaim` has run."""
+        self._returned.add(entry >> self.cluster_bits, 1)
 
     async def free_table(self, host_offset: int) -> None:
-        """The table's clusters may be handed out again at once."""
+        """The table's clusters may be handed out again once `reclaim` has run."""
         self._forget_table(host_offset)
-        self.space.give(host_offset >> self.cluster_bits, self.header.table_size)
+        self._returned.add(host_offset >> self.cluster_bits, self.header.table_size)
 
     async def reclaim(self) -> None:
-        """Nothing: what is freed is free."""
+        """Punch holes, as a table finds no place in clusters that are not adjacent, and takes space elsewhere."""
+        returned, self._returned = self._returned, FreeRuns()
+        for start, count in returned:
+            try:
+                await self.storage.discard(start << self.cluster_bits, count << self.cluster_bits)
+            finally:
+                # what could not be given back to the host can be used again all the same
+                self.space.give(start, count)
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
         """Punch holes into clusters that are allocated, which leaves no leaks; enter zero clusters elsewhere."""
@@ -215,13 +226,6 @@ class QedImage(TwoLevelImage):
     async def has_holes(self) -> bool:
         """If clearly more clusters are in use than the file takes space for: zeros are holes here."""
         return self.storage.allocated * 10 // 9 < self.storage.length
-
-    async def collect(self) -> None:
-        """Flush, and have all that was let go of handed back, as soon as no reader is left in it."""
-        await self.flush()
-        if self._freeing:
-            await self.readers.gone()
-            await self._free_ready()
 
     # -- the need-check bit: section "Consistency checking"
 
@@ -293,11 +297,11 @@ class QedImage(TwoLevelImage):
         """
         if not self._marked.done:
             return
-        await self.collect()
+        await self.quiesce()
         free = self.space.free.total
         if free and min(free, self.space.end - free) <= SETTLE_BYTES >> self.cluster_bits:
             await self.compact()
-        if self.space.free.total or not self.knows_free or self.tables.is_dirty:
+        if self.space.free.total or not self.knows_free or not self.tables.is_clean:
             return
         if self.storage.length > (end := self.space.end << self.cluster_bits):
             # a crash has left the file ending inside a cluster
@@ -307,8 +311,16 @@ class QedImage(TwoLevelImage):
         await self.tables.flush()
 
     async def compact(self) -> None:
-        """Move what lies behind free clusters into them, and cut the file off after it."""
-        await compact(self)
+        """Move what lies behind free clusters into them, and cut the file off after it.
+
+        If the host has no space for the copies, the need-check bit stays, and nothing is lost by that.
+        """
+        try:
+            await compact(self)
+        except StorageError as error:
+            if not lacks_space(error):
+                raise
+            log.warning("%s: stays marked as in use, since the host has no space to compact it", self.storage.name)
 
     # -- the header
 

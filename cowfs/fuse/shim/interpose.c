@@ -1,6 +1,6 @@
 /*
  * Adds two requests to the table of operations that pyfuse3 hands to libfuse: fallocate and lseek, which pyfuse3 does
- * not pass on. This object is loaded, with its names visible to all, before pyfuse3 is; so pyfuse3's call of
+ * not pass on; and tells of each write where it comes from, which pyfuse3 does not either. This object is loaded, with its names visible to all, before pyfuse3 is; so pyfuse3's call of
  * fuse_session_new ends here. The table is copied, completed, and passed on to the function that was meant.
  *
  * The requests end in functions that cowfs/fuse/shim/__init__.py sets. Like all of pyfuse3's they are called by the
@@ -28,8 +28,24 @@ EXPORTED fallocate_function cowfs_on_fallocate;
 EXPORTED lseek_function cowfs_on_lseek;
 /* the session that was made last; NULL if pyfuse3 went another way */
 EXPORTED struct fuse_session *cowfs_session;
+/* whether the write that was passed on last comes from the kernel's cache, and not from a program that waits for it */
+EXPORTED int cowfs_is_writeback;
 
-static struct fuse_lowlevel_ops completed;
+static struct fuse_lowlevel_ops completed, original;
+
+static void on_write(fuse_req_t req, fuse_ino_t inode, const char *data, size_t size, off_t offset,
+                     struct fuse_file_info *info)
+{
+    cowfs_is_writeback = info->writepage;
+    original.write(req, inode, data, size, offset, info);
+}
+
+static void on_write_buf(fuse_req_t req, fuse_ino_t inode, struct fuse_bufvec *data, off_t offset,
+                         struct fuse_file_info *info)
+{
+    cowfs_is_writeback = info->writepage;
+    original.write_buf(req, inode, data, offset, info);
+}
 
 static void on_fallocate(fuse_req_t req, fuse_ino_t inode, int mode, off_t offset, off_t length,
                          struct fuse_file_info *info)
@@ -63,6 +79,11 @@ static const struct fuse_lowlevel_ops *complete(const struct fuse_lowlevel_ops *
     if (size < offsetof(struct fuse_lowlevel_ops, lseek) + sizeof completed.lseek || size > sizeof completed)
         return operations;
     memcpy(&completed, operations, size);
+    memcpy(&original, operations, size);
+    if (original.write != NULL)
+        completed.write = on_write;
+    if (original.write_buf != NULL)
+        completed.write_buf = on_write_buf;
     if (completed.fallocate == NULL)
         completed.fallocate = on_fallocate;
     if (completed.lseek == NULL)

@@ -41,6 +41,7 @@ class Requests:
         self._callbacks = _FALLOCATE(self._on_fallocate), _LSEEK(self._on_lseek)
         self._libfuse: ctypes.CDLL
         self._session: int | None = None
+        self._is_writeback: ctypes.c_int | None = None
 
     def offer(self) -> None:
         """Have the next session that pyfuse3 makes call this one."""
@@ -58,6 +59,7 @@ class Requests:
         self._session = ctypes.c_void_p.in_dll(interposed, "cowfs_session").value
         if self._session is None:
             return "pyfuse3 does not call libfuse as it did"
+        self._is_writeback = ctypes.c_int.in_dll(interposed, "cowfs_is_writeback")
         # leads to the library that pyfuse3 is linked with
         self._libfuse = ctypes.CDLL(pyfuse3.__file__)
         self._libfuse.fuse_reply_err.argtypes = (ctypes.c_void_p, ctypes.c_int)
@@ -71,6 +73,13 @@ class Requests:
     def serve(self, nursery: trio.Nursery) -> None:
         """Answer requests in tasks of a nursery that ends before the session does."""
         self._nursery = nursery
+
+    def is_writeback(self) -> bool:
+        """Whether the write that is being handled was written to the kernel's cache before, and answered then.
+
+        To be asked before its handler first suspends. If nobody knows, it may have been.
+        """
+        return self._is_writeback is None or bool(self._is_writeback.value)
 
     async def launder(self, inode: int, offset: int, length: int) -> None:
         """Have the kernel write what it keeps of a range of a file, and forget it.
