@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.metacache import Table
-from cowfs.block.snapshots import InternalSnapshot
+from cowfs.block.snapshots import Fill, InternalSnapshot
 from cowfs.errors import Unsupported
 from cowfs.storage.base import Storage
 
@@ -288,6 +288,17 @@ class Image(ABC):
     async def snapshots(self) -> list[InternalSnapshot]:
         """Those that the image holds, oldest first."""
         return []
+
+    async def snapshot_view(self, snapshot: InternalSnapshot) -> "Image":
+        """Return another image over the same storage that is the disk as of one of `snapshots`.
+
+        It is there to be mapped and read while this one may go on being written, and is never closed.
+        """
+        raise Unsupported(f"{self.format} images have no internal snapshots")
+
+    async def fill_snapshots(self, fills: Sequence[Fill]) -> None:
+        """Have snapshots hold themselves, in whole clusters, what they take from below; all of them or none."""
+        raise Unsupported(f"{self.format} images have no internal snapshots")
 
     async def show_snapshot(self, text: str) -> None:
         """Be, from now on and read-only, the disk as of the snapshot with an id or name. Raises `NotFound`."""

@@ -1,7 +1,10 @@
 """Internal snapshots: states of a disk that an image keeps inside itself."""
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from cowfs.block.alignment import Area
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,11 @@ class SnapshotKey(NamedTuple):
     def fits(self, snapshot: InternalSnapshot) -> bool:
         """Whether a snapshot is one of those that are meant."""
         return self.id in (None, snapshot.id) and self.name in (None, snapshot.name)
+
+
+class Fill(NamedTuple):
+    """What a snapshot is to hold itself: parts of its disk, in order; ``read`` gives its content, offset and length."""
+
+    snapshot: InternalSnapshot
+    areas: Sequence[Area]
+    read: Callable[[int, int], Awaitable[bytes | bytearray]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -11,11 +12,11 @@ import trio
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import NO_OFFSET, Extent, Kind
 from cowfs.block.image import Backing
-from cowfs.block.metacache import Level, MetadataCache, Table
-from cowfs.block.snapshots import InternalSnapshot
+from cowfs.block.metacache import MIN_TABLES, Level, MetadataCache, Table
+from cowfs.block.snapshots import Fill, InternalSnapshot
 from cowfs.block.twolevel import TwoLevelImage
 from cowfs.errors import CorruptImage, Unsupported, UsageError
-from cowfs.formats.qcow2 import bitmaps, changes, compressed, overlap
+from cowfs.formats.qcow2 import bitmaps, changes, compressed, filling, overlap
 from cowfs.formats.qcow2.check import check
 from cowfs.formats.qcow2.facts import describe
 from cowfs.formats.qcow2.header import State, first_sector, plan, write_rest
@@ -486,6 +487,19 @@ class Qcow2Image(TwoLevelImage):
         """In the order of the table."""
         found, _ = await read_snapshots(self.storage, self.header)
         return [snapshot.describe(self.header.size) for snapshot in found]
+
+    async def snapshot_view(self, snapshot: InternalSnapshot) -> Qcow2Image:
+        """What a snapshot refers to is shared with it, so nobody changes it in place: the file has it all."""
+        head = await self.storage.read_bytes(0, min(self.cluster_size, self.storage.length))
+        tables = MetadataCache(self.storage, "big", bound=MIN_TABLES << self.cluster_bits)
+        view = type(self)(self.storage, parse_header(head, self.storage.length), tables)
+        await view.load(head)
+        await changes.show_snapshot(view, snapshot.id)
+        return view
+
+    async def fill_snapshots(self, fills: Sequence[Fill]) -> None:
+        """See `filling.fill_snapshots`."""
+        await filling.fill_snapshots(self, fills)
 
     async def show_snapshot(self, text: str) -> None:
         """See `changes.show_snapshot`."""
