@@ -342,17 +342,18 @@ class Scene:
         if self.headers:
             self._verify_header(moment, layers[0].image)
         if self.snapshots:
-            await self._verify_snapshots(moment, files["top"])
+            await self._verify_snapshots(moment, files)
         return bytes(content)
 
-    async def _verify_snapshots(self, moment: int, top: bytes) -> None:
+    async def _verify_snapshots(self, moment: int, files: Files) -> None:
         """All are there, with all of their content, as before a change or as after it."""
-        found = {}
+        found, top = {}, files["top"]
         for snapshot in await (await self.driver.open_image(MemoryStorage("top", top, read_only=True))).snapshots():
             image = await self.driver.open_image(MemoryStorage("top", top, read_only=True))
             await image.show_snapshot(snapshot.id)
-            base = RawImage(self.storages["base"])
-            found[snapshot.name] = bytes(await Disk([Layer(image), Layer(base)]).read(0, image.size))
+            below = [image.backing.name] if image.backing is not None else []
+            base = [Layer(RawImage(MemoryStorage(name, files[name], read_only=True))) for name in below]
+            found[snapshot.name] = bytes(await Disk([Layer(image), *base]).read(0, image.size))
         last = max(index for index, (_, done, _) in enumerate(self.snapshots) if done <= moment)
         possible = [kept for begun, _, kept in self.snapshots[last:] if begun <= moment]
         assert found in possible, f"snapshots {sorted(found)} at moment {moment}"

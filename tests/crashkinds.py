@@ -28,6 +28,7 @@ from cowfs.formats.raw import RawImage
 from cowfs.formats.rebase import _Rebase
 from cowfs.jobs import commit as commit_job
 from cowfs.jobs.commit import Commit
+from cowfs.jobs.job import State
 from cowfs.jobs.stream import Stream
 
 SECTOR = 512
@@ -136,6 +137,27 @@ async def snapshots(scene: Scene) -> None:
         await image.close()
         async with scene.session():
             await scene.work(5, "zero", "discard")
+
+
+async def keep(scene: Scene) -> None:
+    """Snapshots that take from the base are given what they take, as the disk lets go of it or changes it."""
+    await scene.create()
+    kept: dict[str, bytes] = {}
+    for number in range(3):
+        async with scene.session(copy_on_read=False):
+            await scene.work(3, "zero", "discard")
+        image = await scene.driver.open_image(scene.storages["top"])
+        kept[f"s{number}"] = bytes(scene.guest.now)
+        await image.create_snapshot(f"s{number}", DATE)
+        await image.close()
+    scene.begin()
+    scene.snapshots = [(0, 0, kept)]
+    async with scene.session(copy_on_read=False):
+        job = scene.chooser.choice([Stream, Commit])(scene.disk, alone=True)
+        await job.run()
+        assert (job.state, job.error) == (State.COMPLETED, "")
+    async with scene.session():
+        await scene.work(5)
 
 
 async def resize(scene: Scene) -> None:
@@ -300,6 +322,7 @@ KINDS: dict[str, tuple[Callable[[Scene], Awaitable[None]], list[str]]] = {
     "deep": (crashchains.deep, list(VARIANTS)),
     "pivot": (crashchains.pivot, list(VARIANTS)),
     "snapshots": (snapshots, _COUNTING),
+    "keep": (keep, _COUNTING),
     "resize": (resize, list(VARIANTS)),
     "rebase": (rebase, list(VARIANTS)),
     "overlay": (overlay, list(VARIANTS)),

@@ -3,10 +3,16 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from cowfs.block.alignment import Area
 from cowfs.block.chain import Chain
 from cowfs.block.extent import NO_OFFSET, Kind
 from cowfs.block.layer import Layer
 from cowfs.block.owners import Piece
+
+#: bytes that are read and compared at once
+STEP = 2 << 20
+#: bytes; smallest unit in which differences are told
+SECTOR = 512
 
 
 class View(NamedTuple):
@@ -69,6 +75,23 @@ def _source(layers: Sequence[Layer], piece: Piece, start: int) -> tuple[object, 
     if extent.kind is Kind.COMPRESSED:
         return (layer.storage.identity, layer.format, extent.host_offset, start)
     return (layer.data_storage.identity, extent.host_offset + start - extent.offset)
+
+
+async def differing(first: View | None, second: View | None, start: int, end: int) -> list[Area]:
+    """Parts of a range where two views hold different bytes, in order; none is a view of zeros."""
+    if first is None:
+        first, second = second, None
+    if first is None:
+        return []
+    found: list[Area] = []
+    for stretch in await unlike(first, second, start, end - start):
+        for position in range(stretch.start, stretch.end, STEP):
+            length = min(STEP, stretch.end - position)
+            content = await first.read(position, length)
+            other = bytes(length) if second is None else await second.read(position, length)
+            if content != other:
+                found += [(position + at, position + to) for at, to in differing_runs(content, other, SECTOR)]
+    return found
 
 
 def differing_runs(first: bytearray, second: bytes | bytearray, unit: int) -> Iterator[tuple[int, int]]:

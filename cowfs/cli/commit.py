@@ -99,7 +99,8 @@ def command(
         if len(disk.layers) == 1:
             raise UsageError("there is no backing file to commit into", file=file)
         depth = 1 if base is None else find_layer(disk.layers, base)
-        return Commit(disk, speed=limit, on_error=policy, base=disk.layers[depth], keep=keep or base is not None)
+        kept = keep or base is not None
+        return Commit(disk, speed=limit, on_error=policy, base=disk.layers[depth], keep=kept, alone=True)
 
     code = run_offline(file, format, make, quiet=quiet)
     if not quiet:

@@ -49,6 +49,7 @@ async def _run_offline(
     try:
         job = make(disk)
         plan = plan_of_job(job)
+        await job.require_harmless()
         with progress_display(job.verb, quiet=quiet) as display:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch, job, display)

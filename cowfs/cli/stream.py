@@ -67,7 +67,7 @@ def command(
 
         def make(disk: Disk) -> Stream:
             kept = None if base is None else disk.layers[find_layer(disk.layers, base)]
-            return Stream(disk, base=kept, trace=first, speed=limit, on_error=policy)
+            return Stream(disk, base=kept, trace=first, alone=True, speed=limit, on_error=policy)
 
         return run_offline(file, format, make, quiet=quiet)
     if format is not None:

@@ -8,17 +8,19 @@ seen; the next one takes it up.
 import os.path
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import trio
 
 from cowfs.block.alignment import align_up
 from cowfs.block.chain import Chain
-from cowfs.block.differences import View, differing_runs, unlike
+from cowfs.block.differences import SECTOR, STEP, View, differing, differing_runs, unlike
 from cowfs.block.disk import Disk
 from cowfs.block.extent import Extent, Kind
 from cowfs.block.identity import remember
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
+from cowfs.block.viewers import Risk, keep_snapshots, no_content
 from cowfs.errors import InvalidImage, UsageError, blaming
 from cowfs.formats.chain import Opening, backing_source, open_chain, open_disk, open_image, require_storable
 from cowfs.formats.registry import format_named
@@ -26,10 +28,6 @@ from cowfs.storage import is_remote
 
 #: bytes of the disk whose mapping is looked up at once
 WINDOW = 1 << 30
-#: bytes that are read and compared at once, if that is whole clusters
-STEP = 2 << 20
-#: bytes; smallest unit in which differences are told
-SECTOR = 512
 
 Progress = Callable[[int, int], None]
 
@@ -61,11 +59,19 @@ async def rebase(name: str, format: str | None, backing: Backing | None, progres
             disk = await open_disk(name, format, writable=True, copy_on_read=False)
             stack.push_async_callback(_close, disk)
             below = await stack.enter_async_context(_opened(name, disk, backing)) if backing else None
+            await _keep_snapshots(disk, below)
             await _Rebase(disk, below, progress).run()
             await disk.flush()
             await disk.layers[0].set_backing(backing)
             if below is not None:
                 await remember(disk.layers[0], below.layers[0])
+
+
+async def _keep_snapshots(disk: Disk, below: Chain | None) -> None:
+    """Have snapshots hold themselves what they take from below, as far as that is not the same in both chains."""
+    old = View(disk, 1) if len(disk.layers) > 1 else None
+    new = View(below, 0) if below is not None else None
+    await keep_snapshots([Risk(disk.layers[0], partial(differing, old, new), old.read if old else no_content)])
 
 
 def _check(backing: Backing | None) -> None:

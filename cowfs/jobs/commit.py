@@ -9,19 +9,21 @@ it since it was copied. So a crash at any moment leaves the disk's content as it
 again ends in the same result.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from functools import partial
 
 import trio
 
-from cowfs.block.alignment import Area, align_down, align_up, joined
+from cowfs.block.alignment import Area, align_down, align_up, common, joined
+from cowfs.block.differences import View, differing
 from cowfs.block.disk import Disk
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.block.merged import mark_layer
 from cowfs.block.stack import Span
+from cowfs.block.viewers import Risk, held_of
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CowfsError, UsageError
 from cowfs.formats.chain import backing_name
@@ -57,7 +59,8 @@ class Pivot(str, Enum):
 class Commit(Job):
     """Merge the layers from ``top`` (the active one) down into ``base`` (what is below ``top``).
 
-    With ``keep``, for disks that nobody writes to, they are copied and all stay as they are.
+    ``alone`` says that nobody writes to the disk meanwhile. With ``keep``, which needs that, they are copied and all
+    stay as they are.
     """
 
     verb = "commit"
@@ -70,10 +73,11 @@ class Commit(Job):
         base: Layer | None = None,
         pivot: Pivot = Pivot.NO,
         keep: bool = False,
+        alone: bool = False,
         speed: int = 0,
         on_error: OnError = OnError.REPORT,
     ) -> None:
-        super().__init__(disk, speed=speed, on_error=on_error)
+        super().__init__(disk, alone=alone or keep, speed=speed, on_error=on_error)
         layers = disk.layers
         if len(layers) == 1:
             raise UsageError("there is no backing file to commit into", file=layers[0].name)
@@ -108,6 +112,44 @@ class Commit(Job):
     def keeps(self) -> bool:
         """Whether all layers stay as they are."""
         return self._keep
+
+    def risks(self) -> Sequence[Risk]:
+        """Snapshots of who is put on the base take from it what was hidden from the disk; others are left behind."""
+        layers = self.disk.layers
+        if self._keep:
+            return [self.risk(depth, partial(self._lost_below, depth)) for depth in range(self._depth)]
+        above = max(0, layers.index(self._top) - 1)
+        left = layers[above + 1 : self._depth] if self._pivot is Pivot.NO else layers[: self._depth]
+        viewer = self.risk(above, partial(self._lost_above, above))
+        return [*(Risk(layer, None) for layer in left), viewer]
+
+    async def _lost_below(self, depth: int, start: int, end: int) -> list[Area]:
+        """What a layer takes from the base where any above that one have other content to copy there."""
+        disk = self.disk
+        taken = await disk.taken(Span(0, 0, self._depth), start, end - start)
+        pieces = await disk.resolve(start, end - start, depth + 1)
+        seen = [(extent.offset, extent.end) for found, extent in pieces if found >= self._depth]
+        return common(joined([(extent.offset, extent.end) for extent in taken]), joined(seen))
+
+    async def _lost_above(self, above: int, start: int, end: int) -> list[Area]:
+        """What will be another below the layer that is put on the base, or drained into it.
+
+        If nothing is drained, the base becomes what lay below that layer, but for what it has behind the end of that.
+        If something is, the base becomes what that layer shows: nothing is lost where it holds nothing itself.
+        """
+        disk, layer = self.disk, self.disk.layers[above]
+        before, base = View(disk, above + 1), View(disk, self._depth)
+        if not self._is_active:
+            behind = max(start, disk.layers[above + 1].size)
+            return await differing(before, base, behind, end) if behind < end else []
+        if not self.alone:
+            # guests may write anywhere yet, and make the disk larger
+            return [(start, end)]
+        lost: list[Area] = []
+        for first, last in await held_of(layer, start, end):
+            lost += await differing(before, View(disk, above), first, last)
+        behind = max(start, layer.size)
+        return [*lost, *await differing(before, base, behind, end)] if behind < end else lost
 
     async def work(self) -> None:
         """Copy, relink, drain, pivot; as far as that is asked for."""

@@ -203,6 +203,8 @@ class JobControl:
         disk = self._disk
         disk.layers[0].require_writable()
         job = KINDS[verb].make(disk, **arguments)
+        with self.kept_out(f"a {verb} job is about to start"):
+            await job.require_harmless()
         plan = plan_of(verb, disk.layers, arguments)
         self._refuse_sharing(plan)
         job.on_change = partial(self._changed, verb)

@@ -3,14 +3,16 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
+from functools import partial
 from itertools import islice
 from typing import ClassVar, TypeVar
 
 import trio
 
 from cowfs.block.disk import Disk
+from cowfs.block.viewers import Lost, Risk, keep_snapshots
 from cowfs.errors import CorruptImage, CowfsError, StorageError, UsageError
 from cowfs.jobs.pacing import MOST, Pacer
 
@@ -55,14 +57,17 @@ class OnError(str, Enum):
 class Job(ABC):
     """One job on one disk. ``offset`` and ``length`` are bytes of the guest's disk, ``speed`` bytes a second.
 
+    ``alone`` says that nobody else uses the disk while the job works.
+
     A subclass does its work in `work`, calling `advance` between steps; there it is paused, slowed down and
     cancelled. Every change of state is told to ``on_change``.
     """
 
     verb: ClassVar[str]
 
-    def __init__(self, disk: Disk, *, speed: int = 0, on_error: OnError = OnError.REPORT) -> None:
+    def __init__(self, disk: Disk, *, alone: bool = False, speed: int = 0, on_error: OnError = OnError.REPORT) -> None:
         self.disk = disk
+        self.alone = alone
         self.speed = speed
         self.on_error = on_error
         self._ignored: CowfsError | None = None
@@ -83,8 +88,18 @@ class Job(ABC):
         self._completed = trio.Event()
         self._done = trio.Event()
         self._longest_pause = 0.0
+        self._is_harmless = False
 
     # -- for whoever commands it
+
+    async def require_harmless(self) -> None:
+        """See to internal snapshots that would lose what the job takes away, or raise `Busy`; see `keep_snapshots`.
+
+        It is asked for before the job changes anything, and by `run` if nobody has. Nobody changes the chain meanwhile.
+        """
+        if not self._is_harmless:
+            await keep_snapshots(self.risks())
+            self._is_harmless = True
 
     async def run(self, *, paused: bool = False) -> None:
         """Work until the end, whatever that is; never raises but for a cancellation from outside.
@@ -100,6 +115,7 @@ class Job(ABC):
         try:
             with self._scope:
                 await self.resumed()
+                await self.require_harmless()
                 await self.work()
                 self.offset = self.length
                 outcome = State.COMPLETED
@@ -210,6 +226,17 @@ class Job(ABC):
     @abstractmethod
     async def work(self) -> None:
         """Do it. Errors that are raised end the job as failed."""
+
+    def risks(self) -> Sequence[Risk]:
+        """Layers whose internal snapshots may look through to what the job takes away or changes."""
+        return ()
+
+    def risk(self, depth: int, lost: Lost) -> Risk:
+        """Return what the snapshots of one layer may lose; those of the active one can be given it, if `alone`."""
+        if depth:
+            return Risk(self.disk.layers[depth], lost)
+        below = partial(self.disk.read, depth=1) if self.alone else None
+        return Risk(self.disk.layers[0], lost, below, ", or do this while the disk is not mounted")
 
     async def attempt(self, step: Callable[[], Awaitable[T]]) -> T | None:
         """Make one step, and do what ``on_error`` says if the host fails it; None for a step that was skipped.

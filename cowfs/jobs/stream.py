@@ -3,14 +3,17 @@
 Streaming is copy-on-read walked along the disk by a loop. It knows nothing of any format.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import trio
 
+from cowfs.block.differences import View, differing
 from cowfs.block.disk import Disk
 from cowfs.block.extent import Kind
 from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
+from cowfs.block.viewers import Risk
 from cowfs.errors import UsageError
 from cowfs.formats.chain import backing_name
 from cowfs.jobs.job import Job, OnError
@@ -31,10 +34,11 @@ class Stream(Job):
         *,
         base: Layer | None = None,
         trace: TraceFile | None = None,
+        alone: bool = False,
         speed: int = 0,
         on_error: OnError = OnError.REPORT,
     ) -> None:
-        super().__init__(disk, speed=speed, on_error=on_error)
+        super().__init__(disk, alone=alone, speed=speed, on_error=on_error)
         if base is disk.layers[0]:
             raise UsageError("the base of a stream lies below the active layer", file=base.name)
         self._base = base
@@ -45,10 +49,24 @@ class Stream(Job):
         """The layer that will be below the active one; None if there will be none."""
         return self._base
 
+    def risks(self) -> Sequence[Risk]:
+        """The active layer's snapshots take from what lies between it and the base where it holds something itself."""
+        disk = self.disk
+        end = self._end
+        if end == 1:
+            return ()
+        old, new = View(disk, 1), View(disk, end) if end < len(disk.layers) else None
+        return [self.risk(0, partial(differing, old, new))]
+
+    @property
+    def _end(self) -> int:
+        """Depth of the base; where there is none, the number of layers."""
+        return len(self.disk.layers) if self._base is None else self.disk.layers.index(self._base)
+
     async def work(self) -> None:
         """Follow the trace if there is one, and walk the disk. What guests do meanwhile only makes the work less."""
         disk = self.disk
-        end = len(disk.layers) if self._base is None else disk.layers.index(self._base)
+        end = self._end
         if end == 1:
             return
         disk.layers[0].require_writable()

@@ -1,12 +1,14 @@
 """New overlays on top of disks that are in use."""
 
+import errno
 import os
 import random
 import threading
 from pathlib import Path
 
 import pytest
-from commandline import cowfs, ok, qemu_img, refusal
+from commandline import cowfs, ok, qemu_img, qemu_io, refusal
+from imagetools import assert_clean, qemu_content
 from mounting import Mounts, wait_for
 
 MIB = 1 << 20
@@ -151,3 +153,38 @@ def test_it_is_there_after_a_crash(mount: Mounts, tmp_path: Path) -> None:
     ok(qemu_img("check", "-q", image))
     ok(qemu_img("check", "-q", tmp_path / "top.qcow2"))
     assert content(tmp_path / "top.qcow2", "qcow2")[:MIB] == data
+
+
+def test_internal_snapshots_keep_what_they_take_from_below(mount: Mounts, tmp_path: Path) -> None:
+    """Jobs of a mounted disk that would take it from them are refused at once, and do that for an image file."""
+    base, top = tmp_path / "base.raw", tmp_path / "vm.qcow2"
+    base.write_bytes(b"b" * MIB)
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", top))
+    qemu_io(top, "qcow2", "write -P 1 0 128k")
+    ok(cowfs("snapshot", "-q", "-c", "s1", top))
+    qemu_io(top, "qcow2", "write -P 2 64k 256k")
+    kept, content = qemu_content(top, "-l", "s1"), qemu_content(top)
+    mounted = mount(top)
+    for verb, words in (("stream", "start"), ("commit", "start"), ("commit", "start pivot=yes")):
+        with pytest.raises(OSError, match="busy") as caught:
+            mounted.control("vm", verb).write_text(words)
+        assert caught.value.errno == errno.EBUSY
+        said = mounted.control("vm", "error").read_text()
+        assert said.startswith(f"{top}: ")
+        assert "its internal snapshot 's1'" in said
+        assert mounted.job("vm", verb)["state"] == "none"
+        assert said.strip() in refusal(cowfs(verb, *(["--pivot"] if "pivot" in words else []), mounted.flat("vm")))
+    mounted.flat("vm").read_bytes()
+    mounted.umount()
+    assert (base.read_bytes(), qemu_content(top, "-l", "s1")) == (b"b" * MIB, kept)
+    for verb in ("commit", "stream"):
+        ok(cowfs(verb, "-q", top))
+        assert (qemu_content(top, "-l", "s1"), qemu_content(top)) == (kept, content)
+        assert_clean(top)
+    base.unlink()
+    mounted = mount(top)
+    ok(cowfs("snapshot", "-q", "-c", "next.qcow2", mounted.flat("vm")))
+    mounted.umount()
+    assert qemu_content(top, "-l", "s1") == kept
+    ok(cowfs("snapshot", "-q", "-a", "s1", top))
+    assert qemu_content(top) == kept
