@@ -222,7 +222,8 @@ async def test_a_pivot_leaves_no_snapshots_behind(tmp_path: Path, pivot: Pivot) 
     before = files.contents()
     async with files.opened() as disk:
         made = Commit(disk, pivot=pivot, alone=True)
-        await made.run()
+        with trio.fail_after(60):
+            await made.run()
     assert made.state is State.FAILED
     assert made.error == (
         f"{files.top}: is left behind by this, and its internal snapshots 'one', 'two' with it; delete them first, or"
