@@ -7,7 +7,7 @@ an answer to an option, a reply to a request; cuts the stream after some bytes; 
 import math
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -86,6 +86,8 @@ class HostileServer:
         self.replies: dict[int, Callable[[Request], bytes]] = {}
         #: awaited before each reply
         self.before_reply: Callable[[Request], Awaitable[None]] | None = None
+        #: carries out requests side by side, and goes on with those whose connection is gone
+        self.parallel: trio.Nursery | None = None
         #: bytes of each connection after which it is closed
         self.cut: float = math.inf
         #: seconds after each byte
@@ -94,6 +96,8 @@ class HostileServer:
         self.twist: dict[int, int] = {}
         self.connections = 0
         self.sent = 0
+        #: what was asked for, and what was carried out: command, offset, length
+        self.asked: list[tuple[int, int, int]] = []
         self.log: list[tuple[int, int, int]] = []
         #: what a flush has made durable
         self.durable = bytes(content)
@@ -169,9 +173,21 @@ class HostileServer:
                 return
             data = await pipe.read(length) if command == nbd.CMD_WRITE else b""
             request = Request(command, cookie, offset, length, data)
-            if self.before_reply is not None:
-                await self.before_reply(request)
-            await pipe.send(self.reply(request))
+            self.asked.append((command, offset, length))
+            if self.parallel is not None:
+                self.parallel.start_soon(self._serve_aside, pipe, request)
+            else:
+                await self._serve(pipe, request)
+
+    async def _serve(self, pipe: "_Pipe", request: Request) -> None:
+        if self.before_reply is not None:
+            await self.before_reply(request)
+        await pipe.send(self.reply(request))
+
+    async def _serve_aside(self, pipe: "_Pipe", request: Request) -> None:
+        # whoever has asked may be gone by now
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, EOFError):
+            await self._serve(pipe, request)
 
 
 class _Pipe:
@@ -182,6 +198,7 @@ class _Pipe:
         self._stream = stream
         self._sent = 0
         self._inbox = b""
+        self._sending = trio.Lock()
 
     async def read(self, length: int) -> bytes:
         while len(self._inbox) < length:
@@ -193,6 +210,10 @@ class _Pipe:
         return data
 
     async def send(self, data: bytes) -> None:
+        async with self._sending:
+            await self._send(data)
+
+    async def _send(self, data: bytes) -> None:
         server = self._server
         twisted = bytearray(data)
         for place, value in server.twist.items():

@@ -142,13 +142,14 @@ class _Negotiation:
             raise MisbehavedError("does not speak the fixed newstyle protocol")
         self._no_zeroes = bool(flags & nbd.FLAG_NO_ZEROES)
         answer = nbd.FLAG_FIXED_NEWSTYLE | (nbd.FLAG_NO_ZEROES if self._no_zeroes else 0)
-        await self.inbox.transport.send([nbd.CLIENT_FLAGS.pack(answer)])
+        await self.inbox.transport.send([memoryview(nbd.CLIENT_FLAGS.pack(answer))])
 
     # -- options
 
     async def send(self, option: int, data: bytes) -> None:
         """Ask for something."""
-        await self.inbox.transport.send([nbd.OPTION.pack(nbd.OPTION_MAGIC, option, len(data)), data])
+        head = nbd.OPTION.pack(nbd.OPTION_MAGIC, option, len(data))
+        await self.inbox.transport.send([memoryview(head + data)])
 
     async def _reply(self, option: int) -> _Reply:
         head = await self.inbox.exactly(nbd.OPTION_REPLY.size)

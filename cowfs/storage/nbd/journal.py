@@ -64,7 +64,8 @@ class Journal:
             if len(batch) == most or any(_overlap(entry, other) for other in batch):
                 yield batch
                 batch = []
-            batch.append(entry)
+            # anew each time: nobody knows what becomes of one that is under way when its connection is lost
+            batch.append(Request(entry.command, entry.offset, entry.length, data=entry.data))
         if batch:
             yield batch
 

@@ -77,6 +77,8 @@ CMD_FLUSH = 3
 CMD_TRIM = 4
 CMD_WRITE_ZEROES = 6
 CMD_BLOCK_STATUS = 7
+#: what leaves something else behind than was there before
+CHANGES = (CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES)
 
 #: of `CMD_BLOCK_STATUS` on ``base:allocation``: takes no space; reads as zeros
 STATE_HOLE = 1 << 0

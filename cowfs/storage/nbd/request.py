@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from cowfs.storage.buffers import Views, part_of
+from cowfs.storage.nbd import protocol as nbd
 from cowfs.storage.nbd.transport import MisbehavedError
 
 #: where bytes go that nobody waits for any more
@@ -29,6 +30,8 @@ class Request:
         "error",
         "extents",
         "failure",
+        "is_late",
+        "is_sent",
         "length",
         "offset",
         "operation",
@@ -48,6 +51,8 @@ class Request:
         """Be as if never sent."""
         self.done = False
         self.abandoned = False
+        #: whether some of it may have left
+        self.is_sent = False
         #: number that the server has answered, and its text
         self.error: tuple[int, str] | None = None
         #: what has become of the connection before there was an answer
@@ -55,9 +60,25 @@ class Request:
         #: what a block status has found, from the start: `DESCRIPTOR` after `DESCRIPTOR`
         self.extents = memoryview(b"")
         self.deadline = 0.0
+        #: whether somebody has been told that the deadline has passed
+        self.is_late = False
         # disjoint, in order; bytes within the request that have come
         self._covered: list[tuple[int, int]] = []
         self._chunks = 0
+
+    @property
+    def is_change(self) -> bool:
+        """Whether it changes the export, and so matters even if nobody waits for it."""
+        return self.command in nbd.CHANGES
+
+    def own(self) -> None:
+        """Copy what is to be written: its buffers go back to whoever has lent them."""
+        self.data = [memoryview(b"".join(self.data))] if self.data else ()
+
+    def let_go(self) -> None:
+        """Give back the buffers that are written, unless that is copied and still matters."""
+        if not self.abandoned or self.done or not self.is_sent:
+            self.data = ()
 
     # -- what comes back of a read
 
@@ -118,6 +139,8 @@ class Operation:
     def __init__(self, requests: Sequence[Request], on_success: Callable[[], None] | None = None) -> None:
         self.requests = requests
         self.finished = trio.Event()
+        #: whether it has finished only since it was waited for long enough
+        self.is_given_up = False
         self._on_success = on_success
         self._left = len(requests)
         for request in requests:
@@ -132,8 +155,3 @@ class Operation:
         if self._on_success is not None and all(r.failure is None and r.error is None for r in self.requests):
             self._on_success()
         self.finished.set()
-
-    def abandon(self) -> None:
-        """Nobody waits any more: buffers are left alone from now on."""
-        for request in self.requests:
-            request.abandoned = True

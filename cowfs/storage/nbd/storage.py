@@ -1,13 +1,7 @@
-"""An export of an NBD server as a storage.
-
-While the server is away, requests wait, and are made again when it is back; for how long, `Network` says. What it
-said of the export at first it has to say again. Nothing of all this holds up what needs nothing of the server.
-"""
+"""An export of an NBD server as a storage."""
 
 import errno
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 import trio
@@ -17,29 +11,23 @@ from cowfs.storage.base import ReadBuffers, Region, Storage, WriteBuffers
 from cowfs.storage.buffers import part_of
 from cowfs.storage.nbd import protocol as nbd
 from cowfs.storage.nbd.address import Address, parse_address
-from cowfs.storage.nbd.connection import MAX_IN_FLIGHT
 from cowfs.storage.nbd.handshake import Agreed
-from cowfs.storage.nbd.journal import BOUND, Journal
-from cowfs.storage.nbd.request import Operation, Request
-from cowfs.storage.nbd.session import Session, agree
+from cowfs.storage.nbd.journal import BOUND
+from cowfs.storage.nbd.link import Link
+from cowfs.storage.nbd.request import Request
+from cowfs.storage.nbd.session import agree
 from cowfs.storage.nbd.transport import LostError
 from cowfs.storage.network import DEFAULT_NETWORK, Network
-
-log = logging.getLogger(__name__)
 
 #: bytes that one request reads or writes
 CHUNK = 256 << 10
 #: bytes that one request without data covers
 SPAN = 1 << 30
-#: seconds until the next attempt to connect: the first time, and at the most
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 #: questions for holes in one range, after which the rest passes for data; and regions that are told of one range
 MAX_QUESTIONS = 4096
 MAX_REGIONS = 1 << 17
 
 _ZEROS = memoryview(bytes(CHUNK))
-#: what a server has to go on offering
-_ABILITIES = nbd.SEND_FLUSH | nbd.SEND_TRIM | nbd.SEND_WRITE_ZEROES
 
 
 class NbdStorage(Storage):
@@ -52,19 +40,12 @@ class NbdStorage(Storage):
         self.read_only = read_only
         self.length = agreed.export.size
         self.address = address
-        self._network = network
         self._export = agreed.export
         self._identity = ("nbd", agreed.inbox.transport.peer, address.export)
-        self._journal = Journal() if agreed.export.flags & nbd.SEND_FLUSH else None
         self._making_room = trio.Lock()
         self._merging = trio.Lock()
         self._flush_error: StorageError | None = None
-        self._away_since = 0.0
-        self._reason: Exception | None = None
-        self._back = trio.Event()
-        self._returning: trio.CancelScope | None = None
-        self._is_closed = False
-        self._session: Session | None = Session(address, network.timeout, agreed, self._lost)
+        self._link = Link(address, network, agreed, lambda: self.read_only)
 
     @classmethod
     async def open(cls, name: str, *, writable: bool, network: Network = DEFAULT_NETWORK) -> "NbdStorage":
@@ -104,146 +85,7 @@ class NbdStorage(Storage):
     @property
     def connections(self) -> int:
         """How many there are; none while the server is away."""
-        return len(self._session.connections) if self._session is not None else 0
-
-    # -- requests
-
-    async def _perform(
-        self,
-        requests: Sequence[Request],
-        begin: Callable[[], Callable[[], None] | None] = lambda: None,
-        *,
-        as_one: bool = False,
-    ) -> None:
-        """Make requests, again if the server goes away meanwhile; all of them ``as_one``, or only what is missing.
-
-        ``begin`` is called before each attempt; what it returns, as soon as the server has done all.
-        """
-        first_loss: float | None = None
-        missing = requests
-        while missing:
-            session = await self._connected()
-            await session.perform(Operation(missing, begin()))
-            failures = [failure for request in missing if (failure := self._failure(request, session)) is not None]
-            if not failures:
-                return
-            now = trio.current_time()
-            first_loss = now if first_loss is None else first_loss
-            if not self._network.hold and now - first_loss >= self._network.retry:
-                raise self._gone(failures[0])
-            if not as_one:
-                missing = [request for request in missing if request.failure is not None or request.error is not None]
-
-    def _failure(self, request: Request, session: Session) -> LostError | None:
-        """Say why a request has to be made again, if it has; raises what is wrong otherwise."""
-        if request.failure is None and request.error is not None:
-            # the server's last word, and not just the beginning of it
-            number, text = request.error
-            if nbd.ERRNOS.get(number) != errno.ESHUTDOWN:
-                raise self._refusal(request, number, text)
-            lost = LostError("the server is shutting down")
-            session.fail(lost)
-            return lost
-        if request.failure is None or isinstance(request.failure, LostError):
-            return request.failure
-        raise StorageError(str(request.failure), errno=errno.EIO, file=self.name) from request.failure
-
-    def _refusal(self, request: Request, number: int, text: str) -> StorageError:
-        doing = {nbd.CMD_READ: "read", nbd.CMD_FLUSH: "flush", nbd.CMD_BLOCK_STATUS: "tell holes from data"}
-        code = nbd.ERRNOS.get(number, errno.EIO)
-        error = OSError(code, "")
-        said = StorageError.from_os(error, file=self.name, doing=f"cannot {doing.get(request.command, 'write')}")
-        if text:
-            said.message += f" ('{text}')"
-        return said
-
-    def _gone(self, reason: Exception | None) -> StorageError:
-        said = reason.message if isinstance(reason, CowfsError) else reason
-        return StorageError(f"the NBD server is away: {said}", errno=errno.EIO, file=self.name)
-
-    # -- connecting again
-
-    async def _connected(self) -> Session:
-        """Return connections that work, as far as anybody knows. Raises `StorageError` if there are none for long."""
-        while self._session is None:
-            if self._is_closed:
-                raise StorageError("was closed", errno=errno.EBADF, file=self.name)
-            if self._network.hold:
-                await self._back.wait()
-                continue
-            with trio.move_on_at(self._away_since + self._network.retry):
-                await self._back.wait()
-            if self._session is None and not self._is_closed:
-                raise self._gone(self._reason)
-        return self._session
-
-    def _lost(self, session: Session, error: Exception) -> None:
-        if session is not self._session:
-            # one that was never in use
-            return
-        log.info("%s: the connection is lost: %s", self.name, error)
-        self._session = None
-        self._reason = error
-        self._away_since = trio.current_time()
-        self._back = trio.Event()
-        trio.lowlevel.spawn_system_task(self._return, name=f"return to {self.name}")
-
-    async def _return(self) -> None:
-        """Try to connect until that works."""
-        pause = FIRST_PAUSE
-        with trio.CancelScope() as self._returning:
-            while not self._is_closed:
-                try:
-                    self._session = await self._establish()
-                    log.info("%s: connected again", self.name)
-                    break
-                except (LostError, CowfsError) as error:
-                    self._reason = error
-                    log.info("%s: %s", self.name, error.message if isinstance(error, CowfsError) else error)
-                except Exception as error:
-                    log.exception("%s: internal error", self.name)
-                    self._reason = error
-                await trio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-        self._back.set()
-
-    async def _establish(self) -> Session:
-        """Connect, see that the export is what it was, and write again what has been written since the last flush."""
-        agreed = await agree(self.address, self._network.timeout)
-        try:
-            self._require_same(agreed.export)
-        except BaseException:
-            agreed.inbox.transport.abort()
-            raise
-        session = Session(self.address, self._network.timeout, agreed, self._lost)
-        try:
-            for batch in self._journal.batches(MAX_IN_FLIGHT) if self._journal else ():
-                await session.perform(Operation(batch))
-                for request in batch:
-                    failure = self._failure(request, session)
-                    if failure is not None:
-                        raise failure
-            if session.failure is not None:
-                raise session.failure
-        except BaseException as error:
-            session.fail(LostError(f"not used: {error!r}"))
-            raise
-        return session
-
-    def _require_same(self, now: nbd.Export) -> None:
-        """The guest has been told of an export; another one will not do."""
-        before = self._export
-        if now.size != before.size:
-            raise StorageError(
-                f"the export has {now.size} bytes now, and had {before.size}", errno=errno.EIO, file=self.name
-            )
-        same = (
-            now.flags & _ABILITIES == before.flags & _ABILITIES
-            and (now.context is None) == (before.context is None)
-            and (now.minimum, now.maximum) == (before.minimum, before.maximum)
-        )
-        if not same or (now.read_only and not self.read_only):
-            raise StorageError("the export can do less than before", errno=errno.EIO, file=self.name)
+        return self._link.connections
 
     # -- reading
 
@@ -278,7 +120,7 @@ class NbdStorage(Storage):
                 bounced.append((bounce[offset - start :][:inside], list(wanted)))
                 offset, inside, wanted = start, end - start, [bounce]
             requests += self._cut(nbd.CMD_READ, offset, inside, views=wanted)
-        await self._perform(requests)
+        await self._link.perform(requests)
         for bounce, views in bounced:
             for view, end in zip(views, accumulate(map(len, views)), strict=True):
                 view[:] = bounce[end - len(view) : end]
@@ -351,16 +193,16 @@ class NbdStorage(Storage):
 
     async def _change(self, requests: Sequence[Request], cost: int) -> None:
         """Make requests that change the export, and remember them until the next flush."""
-        journal = self._journal
+        journal = self._link.journal
         if journal is None:
-            await self._perform(requests, as_one=True)
+            await self._link.perform(requests, as_one=True)
             return
         while not journal.has_room(cost):
             async with self._making_room:
                 if not journal.has_room(cost):
                     await self.flush()
         with journal.expecting(cost):
-            await self._perform(requests, lambda: lambda: journal.record(requests), as_one=True)
+            await self._link.perform(requests, lambda: lambda: journal.record(requests), as_one=True)
 
     async def punch(self, offset: int, length: int) -> None:
         """`CMD_WRITE_ZEROES`, which lets the server make holes; zeros where it does not know that."""
@@ -390,7 +232,7 @@ class NbdStorage(Storage):
         first, last = offset + -offset % unit, min(offset + length, self.length) // unit * unit
         self._check_change(first)
         if self._export.flags & nbd.SEND_TRIM and first < last:
-            await self._perform(self._cut(nbd.CMD_TRIM, first, last - first))
+            await self._link.perform(self._cut(nbd.CMD_TRIM, first, last - first))
 
     async def flush(self) -> None:
         """`CMD_FLUSH`; of a server that does not know that, every write is durable.
@@ -399,7 +241,7 @@ class NbdStorage(Storage):
         """
         if self._flush_error is not None:
             raise self._flush_error
-        journal = self._journal
+        journal = self._link.journal
         if journal is None:
             return
 
@@ -409,7 +251,7 @@ class NbdStorage(Storage):
 
         request = Request(nbd.CMD_FLUSH, 0, 0)
         try:
-            await self._perform([request], begin)
+            await self._link.perform([request], begin)
         except StorageError as error:
             if request.error is not None:
                 self._flush_error = error
@@ -446,7 +288,7 @@ class NbdStorage(Storage):
     async def _ask_regions(self, start: int, end: int, found: list[Region]) -> int:
         """Ask once, and add to what was found; returns how far the answer goes."""
         request = Request(nbd.CMD_BLOCK_STATUS, start, min(SPAN, end - start))
-        await self._perform([request])
+        await self._link.perform([request])
         for length, flags in nbd.DESCRIPTOR.iter_unpack(request.extents):
             length = min(length, end - start)
             if length <= 0 or len(found) > MAX_REGIONS:
@@ -462,23 +304,12 @@ class NbdStorage(Storage):
         self.read_only = not writable
 
     def stop_holding(self) -> None:
-        """From now on, `Network.retry` is the bound; `_connected` looks at it again."""
-        self._network = replace(self._network, hold=False)
-        if self._session is None:
-            waiting, self._back = self._back, trio.Event()
-            waiting.set()
+        """From now on, `Network.retry` is the bound."""
+        self._link.stop_holding()
 
     async def close(self) -> None:
-        """Say goodbye to the server; requests that wait for it end."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        if self._returning is not None:
-            self._returning.cancel()
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
-        self._back.set()
+        """Say goodbye to the server; requests that wait for it end, and changes that are under way are waited for."""
+        await self._link.close()
 
 
 def _add(regions: list[Region], region: Region) -> None:

@@ -5,7 +5,7 @@ import os
 import socket
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -13,7 +13,6 @@ import trio
 from cowfs.errors import StorageError
 from cowfs.storage.nbd.address import Address
 
-Buffers = Sequence[bytes | bytearray | memoryview]
 #: asked for the buffers to be filled next, each time that there is something to put into them
 Place = Callable[[], list[memoryview]]
 
@@ -21,12 +20,28 @@ Place = Callable[[], list[memoryview]]
 IOV_MAX = 1024
 #: bytes taken from TLS at once
 _TLS_CHUNK = 256 << 10
+#: a host that was started again says so within seconds; one that says nothing is waited for as long as the kernel
+#: waits for one that has not acknowledged what was sent, a quarter of an hour, since only the old connection can tell
+#: what has become of the requests on it
+_KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 90),
+)
 #: bytes kept that have come in before anybody has asked for them
 _INBOX = 64 << 10
 
 
 class LostError(Exception):
-    """The connection is gone, or of no use any more, and another one might do better."""
+    """The connection is gone, or of no use any more, and another one might do better.
+
+    ``by_server`` says that it is the server that has ended it, and that answers nothing any more.
+    """
+
+    def __init__(self, what: str, *, by_server: bool = False) -> None:
+        super().__init__(what)
+        self.by_server = by_server
 
 
 class MisbehavedError(StorageError):
@@ -43,9 +58,13 @@ class Transport(ABC):
     async def receive(self, place: Place) -> int:
         """Wait for bytes, and put what there is into buffers, asked for when there is something; how many."""
 
+    def send_now(self, rest: list[memoryview]) -> None:
+        """Send as much as can be sent at once, and leave in ``rest`` what is still to be sent; perhaps all of it."""
+
     @abstractmethod
-    async def send(self, buffers: Buffers) -> None:
-        """Send all of it. If this is cancelled, a part may have been sent."""
+    async def send(self, rest: list[memoryview]) -> None:
+        """Send all of it; what has been taken is no longer in ``rest``, of which the buffers may be exchanged meanwhile
+        for others with the same bytes. If this is cancelled, a part may have been sent."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -77,22 +96,30 @@ class PlainTransport(Transport):
         except (OSError, ValueError, trio.ClosedResourceError) as error:
             raise _lost(error) from error
 
-    async def send(self, buffers: Buffers) -> None:
-        """As many ``writev`` as it takes."""
-        rest = [memoryview(buffer) for buffer in buffers if len(buffer)]
+    def send_now(self, rest: list[memoryview]) -> None:
+        """As many ``writev`` as the socket takes."""
         try:
             while rest:
-                try:
-                    done = os.writev(self._socket.fileno(), rest[:IOV_MAX])
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._socket)
-                    continue
+                done = os.writev(self._socket.fileno(), rest[:IOV_MAX])
                 while rest and done >= len(rest[0]):
                     done -= len(rest.pop(0))
                 if done:
                     rest[0] = rest[0][done:]
-        except (OSError, ValueError, trio.ClosedResourceError) as error:
+        except BlockingIOError:
+            return
+        except (OSError, ValueError) as error:
             raise _lost(error) from error
+
+    async def send(self, rest: list[memoryview]) -> None:
+        """As many ``writev`` as it takes."""
+        while True:
+            self.send_now(rest)
+            if not rest:
+                return
+            try:
+                await trio.lowlevel.wait_writable(self._socket)
+            except (OSError, ValueError, trio.ClosedResourceError) as error:
+                raise _lost(error) from error
 
     def abort(self) -> None:
         """Close the socket; trio wakes up who waits for it."""
@@ -144,10 +171,12 @@ class TlsTransport(Transport):
             done += len(part)
         return done
 
-    async def send(self, buffers: Buffers) -> None:
-        """Encrypt and send."""
+    async def send(self, rest: list[memoryview]) -> None:
+        """Encrypt a copy, and send that."""
+        data = b"".join(rest)
+        rest.clear()
         try:
-            await self._stream.send_all(b"".join(buffers))
+            await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise _lost(error) from error
 
@@ -214,7 +243,7 @@ class Inbox:
     async def _receive(self, place: Place) -> int:
         came = await self.transport.receive(place)
         if not came:
-            raise LostError("the server has closed the connection")
+            raise LostError("the server has closed the connection", by_server=True)
         return came
 
 
@@ -226,7 +255,8 @@ async def connect(address: Address) -> PlainTransport:
         stream = await trio.open_tcp_stream(address.host, address.port)
     except (OSError, UnicodeError) as error:
         raise LostError(f"cannot connect: {_reason(error)}") from error
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for level, option, value in _KEEP_ALIVE:
+        stream.setsockopt(level, option, value)
     return PlainTransport(stream)
 
 
@@ -271,7 +301,9 @@ def _reason(error: BaseException) -> str:
 def _lost(error: BaseException) -> LostError:
     if isinstance(error, trio.ClosedResourceError) or (isinstance(error, (OSError, ValueError)) and _is_closed(error)):
         return LostError("the connection was closed")
-    return LostError(_reason(error.__cause__ or error))
+    cause = error.__cause__ or error
+    by_server = isinstance(cause, OSError) and cause.errno in (errno.ECONNRESET, errno.EPIPE)
+    return LostError(_reason(cause), by_server=by_server)
 
 
 def _is_closed(error: OSError | ValueError) -> bool:
