@@ -15,6 +15,7 @@ from cowfs.cli.snapshot_table import facts as snapshot_facts
 from cowfs.cli.snapshot_table import table
 from cowfs.errors import CowfsError
 from cowfs.formats.chain import Opening, backing_source, open_chain, open_image
+from cowfs.storage import shown
 from cowfs.units import format_size
 
 
@@ -74,7 +75,7 @@ async def _facts(image: Image) -> dict[str, Any]:
         facts["format-specific"] = {"type": image.format, "data": details}
     if image.backing is not None:
         facts["full-backing-filename"] = _full_name(image)
-        facts["backing-filename"] = image.backing.name
+        facts["backing-filename"] = shown(image.backing.name)
         if image.backing.format is not None:
             facts["backing-filename-format"] = image.backing.format
     facts["dirty-flag"] = image.dirty
@@ -87,7 +88,7 @@ def _full_name(image: Image) -> str:
         return backing_source(image.storage.name, image.backing).name
     except CowfsError:
         # shown all the same: it is what the header says
-        return image.backing.name
+        return shown(image.backing.name)
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

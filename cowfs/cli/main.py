@@ -162,8 +162,11 @@ def _usage_text(error: click.UsageError) -> str:
 
 
 def _complain(text: str) -> None:
-    """Print one line on standard error, whatever characters a file's name is made of."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    """Print one line on standard error, whatever a file's name is made of: odd characters, or credentials."""
+    # which nobody needs who has no complaint
+    from cowfs.storage.remote.address import without_credentials
+
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in without_credentials(text))
     click.echo(f"cowfs: {line}", err=True)
 
 

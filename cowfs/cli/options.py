@@ -36,7 +36,7 @@ force_share_option = click.option(
     "--force-share",
     "opening",
     is_flag=True,
-    callback=lambda context, parameter, value: Opening(locking=not value, trusting=value),
+    callback=lambda context, parameter, value: Opening(locking=not value, trusting=value, fleeting=True),
     help="Read although another program may be writing, or a backing file has changed: it may make no sense.",
 )
 

@@ -38,7 +38,7 @@ class Opening:
     ``cache_size`` bounds the bytes of tables that each layer keeps in memory. ``vet`` is shown each file's name before
     it is opened, and refuses it by raising. Without ``locking``, nobody is told that they are in use, nor asked.
     ``trusting`` takes backing files for what they were, although they have changed. ``network`` says how long servers
-    are waited for.
+    are waited for. ``fleeting`` takes the first file also by a link that expires, for those who record no names.
     """
 
     cache_size: int = DEFAULT_BOUND
@@ -46,6 +46,7 @@ class Opening:
     locking: bool = True
     trusting: bool = False
     network: Network = DEFAULT_NETWORK
+    fleeting: bool = False
 
 
 #: what there is to say if there is nothing
@@ -74,7 +75,9 @@ async def open_image(
     """
     if opening.vet is not None:
         await opening.vet(name)
-    storage = await open_storage(name, writable=writable, locking=opening.locking, network=opening.network)
+    storage = await open_storage(
+        name, writable=writable, locking=opening.locking, network=opening.network, fleeting=opening.fleeting
+    )
     try:
         opener = format_named(format).open if format else open_guessed
         image = await opener(storage, cache_size=opening.cache_size, for_repair=for_repair)
@@ -87,7 +90,7 @@ async def open_image(
     except CowfsError as error:
         await storage.close()
         if error.file is None:
-            error.file = name
+            error.file = shown(name)
         raise
     except BaseException:
         await storage.close()

@@ -35,14 +35,20 @@ def parse_address(name: str) -> nbd.Address | remote.Address:
 
 
 async def open_storage(
-    name: str, *, writable: bool, locking: bool = True, network: Network = DEFAULT_NETWORK
+    name: str,
+    *,
+    writable: bool,
+    locking: bool = True,
+    network: Network = DEFAULT_NETWORK,
+    fleeting: bool = False,
 ) -> Storage:
     """Open what a name stands for: an export of an NBD server, an object, or else a local file or block device.
 
-    See `KeptNbdStorage.open` and `RemoteStorage.open`, which have no locks, and `FileStorage.open`.
+    ``fleeting`` takes links to objects that expire: nothing of them is to be recorded. See `KeptNbdStorage.open` and
+    `RemoteStorage.open`, which have no locks, and `FileStorage.open`.
     """
     if remote.is_address(name):
-        return await RemoteStorage.open(name, writable=writable, network=network)
+        return await RemoteStorage.open(name, writable=writable, network=network, fleeting=fleeting)
     if nbd.is_address(name):
         return await KeptNbdStorage.open(name, writable=writable, network=network)
     return FileStorage.open(name, writable=writable, locking=locking)

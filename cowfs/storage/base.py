@@ -86,6 +86,11 @@ class Storage(ABC):
         return ""
 
     @property
+    def place(self) -> str:
+        """Where that version was said; two of different places say nothing of each other, unless they are the same."""
+        return ""
+
+    @property
     @abstractmethod
     def allocated(self) -> int:
         """Bytes of the host's space that it takes, as ``st_blocks`` tells."""

@@ -1,16 +1,21 @@
 """Images on HTTP servers: what the commands make of them, and mounts of overlays on them."""
 
+import contextlib
+import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import xxhash
 from commandline import cowfs, ok, qemu_img, refusal
-from httpservers import Web, drop, saying, web_server
-from mounting import Mounts
+from httpservers import Handler, Web, drop, saying, status, web_server
+from mounting import Mounts, shell
 
 pytestmark = pytest.mark.needs("fuse", "qemu-img")
 
@@ -114,6 +119,92 @@ def test_an_object_that_has_changed_since_the_overlay_was_made(
     mounted.umount()
 
 
+@contextlib.contextmanager
+def mirrored(web: Web, contents: Sequence[bytes]) -> Iterator[str]:
+    """A URL that leads to one server after the other, each of which has its own name for the same version."""
+    with contextlib.ExitStack() as stack:
+        mirrors = [stack.enter_context(web_server()) for _ in contents]
+        for number, (mirror, content) in enumerate(zip(mirrors, contents, strict=True)):
+            mirror.put("base.raw", content, etag=f'"{number}-{zlib.crc32(content)}"')
+        turn = itertools.cycle(mirrors)
+
+        def elsewhere(handler: Handler) -> bool:
+            handler.say(302, b"", {"Location": next(turn).url("base.raw")})
+            return True
+
+        web.fault = elsewhere
+        yield web.url("mirrored/base.raw")
+
+
+def test_mirrors_of_an_object_are_the_same_object(web: Web, base: Path, tmp_path: Path, mount: Mounts) -> None:
+    top = tmp_path / "top.qcow2"
+    with mirrored(web, [base.read_bytes()] * 3) as url:
+        ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", top))
+        for _ in range(3):
+            ok(cowfs("compare", top, base))
+        mounted = mount(top)
+        assert mounted.flat("top").read_bytes() == base.read_bytes()
+        mounted.umount()
+        assert "is the same" in ok(cowfs("verify", top))
+        ok(cowfs("verify", "-q", "--accept", top))
+        assert "every byte" in ok(cowfs("verify", top))
+
+
+def test_a_mirror_with_other_content_is_another_object(web: Web, base: Path, tmp_path: Path, mount: Mounts) -> None:
+    top = tmp_path / "top.qcow2"
+    content = base.read_bytes()
+    with mirrored(web, [content]) as url:
+        ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", top))
+    with mirrored(web, [os.urandom(SIZE)]) as url:
+        text = refusal(cowfs("mount", top, mount.new_point()))
+        assert "the store calls it another version, and 32 samples of its content are not all the same" in text
+    with mirrored(web, [content, os.urandom(SIZE)]) as url:
+        result = cowfs("convert", "-O", "raw", url, tmp_path / "copy")
+        assert result.returncode == 1
+        assert "has changed since it was opened (the store calls it another version, and of" in result.stderr
+        assert not (tmp_path / "copy").exists()
+
+
+def test_one_server_with_another_name_for_the_same_content(web: Web, base: Path, tmp_path: Path, mount: Mounts) -> None:
+    """A name that lasts is one of another version; names that come and go are none."""
+    top = tmp_path / "top.qcow2"
+    content = base.read_bytes()
+    url = web.put("base.raw", content)
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", top))
+    web.put("base.raw", content, etag='"other"')
+    text = refusal(cowfs("mount", top, mount.new_point()))
+    assert "the store calls it another version, although 32 samples of its content are the same" in text
+    count = itertools.count()
+    web.fault = saying(lambda handler: _answer_anew(handler, next(count)))
+    ok(cowfs("compare", top, base))
+    other = tmp_path / "other.qcow2"
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", other))
+    ok(cowfs("compare", other, base))
+
+
+def _answer_anew(handler: Handler, number: int) -> None:
+    handler.server.web.things["/base.raw"].etag = f'"{number}"'
+    handler.answer()
+
+
+def test_a_stamp_from_before_there_were_places(web: Web, base: Path, tmp_path: Path) -> None:
+    """It has a digest of the ETag in the place of a sample."""
+    top = tmp_path / "top.qcow2"
+    url = web.put("base.raw", base.read_bytes())
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", top))
+    data = bytearray(top.read_bytes())
+    sample = xxhash.xxh3_128(b"")
+    sample.update(web.things["/base.raw"].tag.encode())
+    old = struct.pack("<B7xQqQ16s16s", 1, SIZE, 0, xxhash.xxh3_64_intdigest(url.encode()), sample.digest(), bytes(16))
+    start = data.index(struct.pack("<Q", SIZE), 112) - 8
+    data[start : start + len(old) + 8] = old + struct.pack("<Q", xxhash.xxh3_64_intdigest(old))
+    assert data[start - 4 : start] == struct.pack(">I", len(old) + 8), "the length of the extension"
+    top.write_bytes(data)
+    ok(cowfs("compare", top, base))
+    web.put("base.raw", base.read_bytes(), etag='"other"')
+    assert "has changed since" in refusal(cowfs("map", top))
+
+
 def test_a_stream_outlives_a_server_that_fails_now_and_then(
     web: Web, base: Path, tmp_path: Path, mount: Mounts
 ) -> None:
@@ -157,6 +248,93 @@ def test_credentials_stay_out_of_headers_and_messages(base: Path, tmp_path: Path
         assert result.returncode
         assert "credentials" in result.stderr
         assert "geheim" not in result.stderr
+
+
+_SIGNED = "?X-Amz-Credential=a%2Fb%2Bc&X-Amz-Signature=geheim"
+
+
+def test_a_link_that_expires_is_read_once(web: Web, base: Path, tmp_path: Path) -> None:
+    """By all who record nothing; the server gets it as it was signed, and nobody else sees the signature."""
+    golden, local = put_qcow2(web, base)
+    asked: list[str] = []
+
+    def signed_only(handler: Handler) -> bool:
+        asked.append(handler.path)
+        if handler.path.endswith(_SIGNED):
+            return False
+        handler.say(403, b"")
+        return True
+
+    web.fault = signed_only
+    link, shown = golden + _SIGNED, golden + "?…"
+    copy = tmp_path / "copy.raw"
+    commands: list[list[str | Path]] = [
+        ["info", link],
+        ["info", "--json", "--backing-chain", link],
+        ["check", link],
+        ["map", "--json", link],
+        ["measure", "-O", "raw", link],
+        ["compare", link, base],
+        ["snapshot", "-l", link],
+        ["convert", "-O", "raw", link, copy],
+    ]
+    for command in commands:
+        result = cowfs(*command)
+        assert result.returncode == 0, result
+        assert "geheim" not in result.stdout + result.stderr
+    assert copy.read_bytes() == base.read_bytes()
+    assert json.loads(ok(cowfs("info", "--json", link)))["filename"] == shown
+    assert set(asked) == {f"/images/golden.qcow2{_SIGNED}"}
+    # and when it has expired
+    web.fault = status(403)
+    for command in commands:
+        text = refusal(cowfs(*command), 2 if command[0] in ("compare",) else 1)
+        assert "does not allow it (status 403)" in text
+        assert shown in text
+        assert "geheim" not in text
+    assert local.exists()
+
+
+def test_a_link_that_expires_is_never_recorded(web: Web, base: Path, tmp_path: Path, mount: Mounts) -> None:
+    link = web.put("base.raw", base.read_bytes()) + _SIGNED
+    top, local = tmp_path / "top.qcow2", tmp_path / "local.qcow2"
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", local))
+    before = local.read_bytes()
+    mounted = mount("-o", f"log={tmp_path}/log", local)
+    commands: list[list[str | Path]] = [
+        ["create", "-f", "qcow2", "-b", link, "-F", "raw", top],
+        ["create", "-u", "-f", "qcow2", "-b", link, "-F", "raw", top, "1M"],
+        ["convert", "-O", "qcow2", "-B", link, "-F", "raw", base, top],
+        ["mount", "-o", "ro", link, mount.new_point()],
+        ["mount", "-o", "ro", f"name={link}", mount.new_point()],
+        ["add", "-r", mounted.point, link],
+        ["add", "-r", mounted.point, f"name={link}"],
+    ]
+    for command in commands:
+        text = refusal(cowfs(*command))
+        assert "as links have that expire" in text, command
+        assert "geheim" not in text
+        assert not top.exists()
+    assert shell(f"echo 'add {link} ro' > {mounted.point}/.cowfs/control").returncode
+    assert "as links have that expire" in (mounted.point / ".cowfs" / "error").read_text()
+    status = (mounted.point / ".cowfs" / "status.json").read_text()
+    mounted.umount()
+    for text in (status, (tmp_path / "log").read_text()):
+        assert "geheim" not in text
+    for words in (["-u"], []):
+        text = refusal(cowfs("rebase", *words, "-b", link, "-F", "raw", local))
+        assert "as links have that expire" in text
+        assert "geheim" not in text
+    assert local.read_bytes()[:512] == before[:512]
+    # others may have written it
+    ok(qemu_img("rebase", "-u", "-b", link, "-F", "raw", local))
+    commands = [["mount", local, mount.new_point()], ["convert", "-O", "raw", local, top], ["verify", local]]
+    for command in commands:
+        result = cowfs(*command)
+        assert result.returncode
+        assert "as links have that expire" in result.stderr
+        assert "geheim" not in result.stderr
+    assert "geheim" not in ok(cowfs("info", local)) + ok(cowfs("info", "--json", local))
 
 
 def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None:

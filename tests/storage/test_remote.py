@@ -1,6 +1,7 @@
 """Objects of HTTP servers, good and bad."""
 
 import errno
+import itertools
 import logging
 import random
 import threading
@@ -15,6 +16,7 @@ from cowfs.errors import CowfsError, NotFound, ReadOnly, StorageError, Unsupport
 from cowfs.storage import Network, RemoteStorage, cache, is_remote, open_storage
 from cowfs.storage.base import Region
 from cowfs.storage.cache import BLOCK
+from cowfs.storage.remote.address import without_credentials
 
 SIZE = (9 << 20) + 12_345
 CONTENT = random.Random(2).randbytes(SIZE)
@@ -259,12 +261,26 @@ async def test_a_cancelled_reader_disturbs_nobody(web: Web) -> None:
         "https://user@host/x",
         "s3://geheim@bucket/x",
         "https://host/x?X-Amz-Signature=geheim",
+        "https://host/x?a=b;sig=geheim",
+        "https://host/x?a=b&%73ig=geheim",
+        "https://host/x?__token__=geheim",
+        "https://host/x?hdnts=geheim",
+        "https://host/x?q-signature=geheim",
+        "https://host/x#access_token=geheim",
+        "s3://bucket/x?X-Amz-Signature=geheim",
     ],
 )
 async def test_credentials_are_refused_and_not_repeated(name: str) -> None:
     text = await refused(name, Unsupported)
     assert "configuration" in text
     assert "geheim" not in text
+
+
+def test_no_sentence_has_credentials_in_it() -> None:
+    text = "cannot open 'https://me:geheim@h/x' (of http://h/y?sig=geheim&a=b); see https://h/z?page=2, nbd://u@h/e"
+    assert without_credentials(text) == (
+        "cannot open 'https://…@h/x' (of http://h/y?…); see https://h/z?page=2, nbd://…@h/e"
+    )
 
 
 @pytest.mark.parametrize("name", ["https://", "https://host", "http://host:99999/x", "http://h/a b", "http://h/x#y"])
@@ -302,3 +318,59 @@ async def test_redirections(web: Web) -> None:
         assert await storage.read_bytes(5 << 20, 100) == CONTENT[5 << 20 :][:100]
     web.fault = saying(lambda handler: handler.say(302, b"", {"Location": web.url("old")}))
     assert "without end" in await refused(web.url("old"), StorageError)
+
+
+# -- other names for the same version
+
+
+def _naming(web: Web, name: Callable[[], str]) -> None:
+    def answer(handler: Handler) -> None:
+        handler.server.web.things["/disk.raw"].etag = name()
+        handler.answer()
+
+    web.fault = saying(answer)
+
+
+@pytest.mark.parametrize("weak", ["", "W/"])
+async def test_names_that_come_and_go_tell_nothing(web: Web, weak: str) -> None:
+    """A new one each time, or those of several servers behind one; what changes is noticed by the content."""
+    for names in (itertools.count(), itertools.cycle([1, 2, 2])):
+        web.put("disk.raw", CONTENT)
+        _naming(web, lambda names=names: f'{weak}"{next(names)}"')  # type: ignore[misc]
+        async with opened(web.url("disk.raw")) as storage:
+            assert await storage.read_bytes(0, 6 << 20) == CONTENT[: 6 << 20]
+            assert storage.version == ""
+            web.put("disk.raw", CONTENT[::-1])
+            with pytest.raises(StorageError, match=r"has changed since it was opened .* sample") as caught:
+                await storage.read_bytes(6 << 20, 3 << 20)
+            assert caught.value.errno == errno.ESTALE
+
+
+async def test_a_name_that_lasts_is_of_another_version(web: Web) -> None:
+    async with opened(web.url("disk.raw")) as storage:
+        web.things["/disk.raw"].etag = '"other"'
+        with pytest.raises(StorageError, match=r"again and again; [0-9]+ samples? of its content .* the same"):
+            await storage.read_bytes(5 << 20, 100)
+
+
+async def test_one_mirror_that_differs_ends_it(web: Web) -> None:
+    """By a single sample."""
+    place = (SIZE - 4096) * 7 // 29 // 4096 * 4096
+    with web_server() as same, web_server() as other:
+        same.put("disk.raw", CONTENT, etag='"same"')
+        other.put("disk.raw", CONTENT[:place] + b"?" + CONTENT[place + 1 :], etag='"other"')
+        mirrors = iter([web, web, same, same, same])
+
+        def elsewhere(handler: Handler) -> bool:
+            if handler.path != "/mirrored":
+                return False
+            handler.say(302, b"", {"Location": next(mirrors, other).url("disk.raw")})
+            return True
+
+        web.fault = elsewhere
+        async with opened(web.url("mirrored")) as storage:
+            for offset in (1 << 20, 3 << 20, 5 << 20):
+                assert await storage.read_bytes(offset, 100) == CONTENT[offset : offset + 100]
+            for _ in range(2):
+                with pytest.raises(StorageError, match=r"and of [0-9]+ samples .* were compared, 1 differs"):
+                    await storage.read_bytes(7 << 20, 100)

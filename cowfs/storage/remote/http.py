@@ -6,11 +6,13 @@ fsspec's own reading takes whatever a server sends for the range that was asked 
 import asyncio
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from cowfs.errors import Unsupported
 from cowfs.storage.remote.address import Address
 from cowfs.storage.remote.bridge import in_loop, require_module
+from cowfs.storage.remote.mirrors import Answer, Mirrors, OtherVersionError
 from cowfs.storage.remote.store import PIECE, AwayError, Facts, Store, changed, misbehaved, refused, require_same
 
 _CONTENT_RANGE = re.compile(r"^bytes +(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})$")
@@ -33,14 +35,40 @@ class HttpStore(Store):
         self._system: Any = fsspec.filesystem(
             address.scheme, skip_instance_cache=True, asynchronous=True, client_kwargs=options
         )
+        # what was signed is asked for as it was signed
+        self._mirrors: Mirrors | None = None
+        is_signed = address.link != address.uri
+        yarl = require_module("yarl", "reading from a server")
+        self._url: Any = yarl.URL(address.link, encoded=True) if is_signed else self._system.encode_url(address.link)
 
     async def look(self, length: int) -> tuple[Facts, bytes]:
         """Ask for the first bytes: what the answer says of the whole is true of what later answers are parts of."""
-        return await self._request(None, 0, length)
+        facts, data, answer = await self._request(None, self._url, 0, length)
+        self._mirrors = Mirrors(facts, answer, partial(self._sample, facts))
+        self._mirrors.remember(0, data)
+        return facts, data
 
     async def fetch(self, facts: Facts, start: int, end: int) -> bytes:
-        """One request."""
-        return (await self._request(facts, start, end))[1]
+        """One request; or more, if the answer says that it is of another version."""
+        assert self._mirrors is not None
+        while True:
+            try:
+                _, data, _ = await self._request(facts, self._url, start, end)
+            except OtherVersionError as other:
+                await self._mirrors.look(other.answer)
+                self.is_fickle = self._mirrors.is_fickle
+            else:
+                if self.is_fickle:
+                    await self._mirrors.probe(self._url)
+                self._mirrors.remember(start, data)
+                return data
+
+    async def _sample(self, facts: Facts, url: Any, start: int, end: int) -> tuple[bytes, Answer]:
+        """Ask for a part, of whatever version there is now."""
+        now, data, answer = await self._request(None, url, start, end)
+        if now.size != facts.size:
+            require_same(facts, now)
+        return data, answer
 
     async def close(self) -> None:
         """Close the session."""
@@ -51,9 +79,10 @@ class HttpStore(Store):
         if session is not None:
             await session.close()
 
-    async def _request(self, known: Facts | None, start: int, end: int) -> tuple[Facts, bytes]:
+    async def _request(self, known: Facts | None, url: Any, start: int, end: int) -> tuple[Facts, bytes, Answer]:
+        """Ask for a part of a version that is known, or of any."""
         try:
-            return await in_loop(self._get(known, start, end))
+            return await in_loop(self._get(known, url, start, end))
         except asyncio.TimeoutError:
             raise AwayError(f"it has not answered for {self._timeout:g} seconds") from None
         except self._aiohttp.ClientConnectorCertificateError as error:
@@ -71,13 +100,15 @@ class HttpStore(Store):
 
     # -- in the loop of fsspec
 
-    async def _get(self, known: Facts | None, start: int, end: int) -> tuple[Facts, bytes]:
+    async def _get(self, known: Facts | None, url: Any, start: int, end: int) -> tuple[Facts, bytes, Answer]:
         session = await self._system.set_session()
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        if known is not None and known.version.startswith('"'):
+        # of which another server would understand nothing
+        is_one = known is not None and not known.place and self._mirrors is not None and self._mirrors.is_one
+        if known is not None and is_one and known.version.startswith('"'):
             headers["If-Range"] = known.version
         request = session.get(
-            self._system.encode_url(self._address.uri),
+            url,
             headers=headers,
             timeout=self._aiohttp.ClientTimeout(total=None),
             read_bufsize=_READ_BUFFER,
@@ -86,7 +117,7 @@ class HttpStore(Store):
         response = await asyncio.wait_for(request, self._timeout)
         try:
             facts, stop = self._understood(response, known, start, end)
-            return facts, await self._body(response, stop - start)
+            return facts, await self._body(response, stop - start), _answer(response)
         finally:
             # which keeps the connection if all of the answer has been read
             response.close()
@@ -98,12 +129,12 @@ class HttpStore(Store):
             raise misbehaved("leads to a place without TLS")
         if headers.get("Content-Encoding", "identity").lower() != "identity":
             raise misbehaved("sends it compressed, although it was asked not to")
-        version = headers.get("ETag") or headers.get("Last-Modified") or ""
+        _, place, version = _answer(response)
         found = _CONTENT_RANGE.match(headers.get("Content-Range", ""))
         if response.status == 200:
-            return self._whole(headers, known, version)
+            return self._whole(response, known)
         if response.status == 416 and found is not None and found[1] is None:
-            facts = Facts(int(found[3]), known.version if known else version)
+            facts = Facts(int(found[3]), known.version if known else version, place)
             if known is None and not facts.size:
                 return facts, start
             if known is not None:
@@ -114,9 +145,9 @@ class HttpStore(Store):
             raise refused(response.status)
         if found is None or found[1] is None:
             raise misbehaved("sends a part of the object without saying which, and of how much")
-        facts = Facts(int(found[3]), version)
+        facts = Facts(int(found[3]), version, place)
         if known is not None:
-            require_same(known, facts)
+            self._require_known(known, facts, response)
         stop = min(end, facts.size)
         if (int(found[1]), int(found[2]) + 1) != (start, stop):
             raise misbehaved("sends another part of the object than it was asked for")
@@ -124,14 +155,26 @@ class HttpStore(Store):
             raise misbehaved("sends a part of the object with another length than it says")
         return facts, stop
 
-    def _whole(self, headers: Mapping[str, str], known: Facts | None, version: str) -> tuple[Facts, int]:
+    def _require_known(self, known: Facts, now: Facts, response: Any) -> None:
+        """Raise if an answer is of another version than those that have been found to be the object."""
+        if now.size == known.size and now.version != known.version:
+            if self._mirrors is None or not self._mirrors.knows(_answer(response)):
+                raise OtherVersionError(_answer(response))
+            return
+        require_same(known, now)
+
+    def _whole(self, response: Any, known: Facts | None) -> tuple[Facts, int]:
         """Understand an answer that is all of the object."""
-        length = headers.get("Content-Length", "")
+        _, place, version = _answer(response)
+        length = response.headers.get("Content-Length", "")
         size = int(length) if length.isascii() and length.isdecimal() and len(length) < 20 else None
         if known is not None:
-            require_same(known, Facts(known.size if size is None else size, version))
+            now = Facts(known.size if size is None else size, version)
+            if now.size == known.size and version != known.version and "If-Range" in response.request_info.headers:
+                raise OtherVersionError(_answer(response))
+            self._require_known(known, now, response)
         elif size == 0:
-            return Facts(0, version), 0
+            return Facts(0, version, place), 0
         raise Unsupported("the server sends only the whole of it, not the parts that are asked for")
 
     async def _body(self, response: Any, length: int) -> bytes:
@@ -146,6 +189,13 @@ class HttpStore(Store):
         if await asyncio.wait_for(response.content.read(1), self._timeout):
             raise misbehaved("sends more than it says")
         return bytes(data)
+
+
+def _answer(response: Any) -> Answer:
+    """What an answer says of where it comes from; places are known by server and path, as queries may change."""
+    url = response.url
+    place = f"{url.scheme}://{url.host}:{url.port}{url.raw_path}" if response.history else ""
+    return Answer(url, place, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
 
 
 def _reason(error: Exception) -> str:

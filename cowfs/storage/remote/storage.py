@@ -47,6 +47,7 @@ class RemoteStorage(Storage):
 
     def __init__(self, address: Address, network: Network, store: Store, facts: Facts) -> None:
         self.name = address.uri
+        self._identity = ("remote", address.link)
         self.length = facts.size
         #: requests that were answered
         self.fetches = 0
@@ -61,13 +62,15 @@ class RemoteStorage(Storage):
         self._is_closed = False
 
     @classmethod
-    async def open(cls, name: str, *, writable: bool, network: Network = DEFAULT_NETWORK) -> "RemoteStorage":
-        """Look at the object that a URL names; one attempt is made.
+    async def open(
+        cls, name: str, *, writable: bool, network: Network = DEFAULT_NETWORK, fleeting: bool = False
+    ) -> "RemoteStorage":
+        """Look at the object that a URL names; one attempt is made. ``fleeting`` is that of `parse_address`.
 
         Raises `UsageError` or `Unsupported` for names that are none, and for servers that give no parts of objects;
         `NotFound`; and `StorageError`, EROFS where it is to be written.
         """
-        address = parse_address(name)
+        address = parse_address(name, fleeting=fleeting)
         try:
             if writable:
                 raise _only_read()
@@ -91,12 +94,17 @@ class RemoteStorage(Storage):
     @property
     def identity(self) -> tuple[object, ...]:
         """The URL: that two of them lead to one object cannot be told."""
-        return ("remote", self.name)
+        return self._identity
 
     @property
     def version(self) -> str:
-        """What the store calls its version: ETag or the like."""
-        return self._facts.version
+        """What the store calls its version: ETag or the like; nothing if that has turned out not to tell."""
+        return "" if self._store.is_fickle else self._facts.version
+
+    @property
+    def place(self) -> str:
+        """The server that a redirection has led to."""
+        return self._facts.place
 
     @property
     def allocated(self) -> int:

@@ -15,14 +15,21 @@ class AwayError(Exception):
 
 
 class Facts(NamedTuple):
-    """An object as it was when it was opened: bytes, and what changes when its content does; '' if nothing does."""
+    """An object as it was when it was opened: bytes, and what changes when its content does; '' if nothing does.
+
+    Versions can be compared that come from the same ``place``; '' is where the name leads by itself.
+    """
 
     size: int
     version: str
+    place: str = ""
 
 
 class Store(ABC):
     """One object. Errors are `StorageError` and other `CowfsError`, which are final, or `AwayError`."""
+
+    #: whether what it calls versions changes although the content does not
+    is_fickle = False
 
     @abstractmethod
     async def look(self, length: int) -> tuple[Facts, bytes]:
