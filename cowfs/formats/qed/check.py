@@ -76,9 +76,14 @@ class ClusterSet:
         """How many are not in."""
         return sum(len(clusters) for clusters in self.free(self.end))
 
-    def space(self) -> Space:
-        """Return what may be handed out when these clusters are in use."""
-        space = Space(self.end)
+    def cut(self) -> None:
+        """Let the set end with the last cluster that is in."""
+        used = np.flatnonzero(self._bits)
+        self.end = int(used[-1]) * 8 + int(self._bits[used[-1]]).bit_length() if len(used) else 0
+
+    def space(self, limit: int | None) -> Space:
+        """Return what may be handed out when these clusters are in use, of a storage with room for ``limit``."""
+        space = Space(self.end, limit)
         for clusters in self.free(self.end):
             for first, count in runs(clusters):
                 space.give(first, count)
@@ -123,6 +128,9 @@ async def scan(image: QedImage, end: int) -> Scan:
     """Walk over all tables of an image whose file has ``end`` whole clusters. Nothing else may be under way."""
     walk = _Walk(image, end)
     await walk.run()
+    if image.limit is not None:
+        # what a device has behind all that is in use was never part of the image
+        walk.used.cut()
     return Scan(walk.result, walk.used, walk.empty, walk.dangling)
 
 

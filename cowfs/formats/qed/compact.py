@@ -45,9 +45,9 @@ async def compact(image: QedImage) -> None:
     await image.prepare()
     # until the end is reached nobody can say what is free; nothing of it must be handed out
     image.knows_free = False
-    image.space = Space(image.space.end)
+    image.space = Space(image.space.end, image.limit)
     await _Compaction(image).run(found.empty)
-    space = (await _scan(image)).used.space()
+    space = (await _scan(image)).used.space(image.limit)
     space.cut()
     end = space.end << image.cluster_bits
     if end < image.storage.length:

@@ -116,6 +116,11 @@ class QedImage(TwoLevelImage):
         #: False once free clusters may have got out of sight
         self.knows_free = True
 
+    @property
+    def limit(self) -> int | None:
+        """Clusters that the storage can hold, if it cannot grow: then it does not tell where the image ends."""
+        return None if self.storage.limit is None else self.storage.limit >> self.cluster_bits
+
     # -- entries: section "Tables"
 
     def table_offset(self, l1_entry: int) -> int:
@@ -234,13 +239,13 @@ class QedImage(TwoLevelImage):
 
         Under the need-check bit, entries that point beyond the end of the file are dropped, as QEMU does: the file
         grew, and the crash came before that was durable. The same scan, without repair, where the file ends inside
-        a cluster: QEMU takes that for the end, and would use it again.
+        a cluster: QEMU takes that for the end, and would use it again; and on a device, whose end says nothing.
         Raises `CorruptImage` for damage.
         """
         await self._verified()
 
     async def _verify(self) -> None:
-        if not (self.dirty or self.storage.length % self.cluster_size):
+        if not (self.dirty or self.limit is not None or self.storage.length % self.cluster_size):
             return
         self.space = Space(self.storage.length >> self.cluster_bits)
         found = await scan(self, self.space.end)
@@ -262,7 +267,7 @@ class QedImage(TwoLevelImage):
 
     def adopt(self, found: Scan) -> None:
         """Take over from a scan without errors what may be handed out."""
-        self.space = found.used.space()
+        self.space = found.used.space(self.limit)
         self._marked.done = self.dirty
         self._verified.done = True
 
