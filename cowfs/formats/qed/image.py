@@ -207,12 +207,13 @@ class QedImage(TwoLevelImage):
 
     async def reclaim(self) -> None:
         """Punch holes, as a table finds no place in clusters that are not adjacent, and takes space elsewhere."""
-        returned, self._returned = self._returned, FreeRuns()
-        for start, count in returned:
-            try:
+        returned, self._returned = list(self._returned), FreeRuns()
+        try:
+            for start, count in returned:
                 await self.storage.discard(start << self.cluster_bits, count << self.cluster_bits)
-            finally:
-                # what could not be given back to the host can be used again all the same
+        finally:
+            # what could not be given back to the host can be used again all the same
+            for start, count in returned:
                 self.space.give(start, count)
 
     async def write_zeroes(self, offset: int, length: int) -> bool:
