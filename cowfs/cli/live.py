@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cowfs.errors import CowfsError, StorageError, UsageError
-from cowfs.fuse.mounts import FSTYPE, list_mounts, resolve
+from cowfs.fuse.mounts import FSTYPE, resolve
 from cowfs.storage import is_remote
+from cowfs.storage.mounts import list_mounts
 
 
 class Live(NamedTuple):

@@ -11,8 +11,9 @@ import click
 from cowfs.cli.live import read_mount
 from cowfs.errors import StorageError, UsageError
 from cowfs.fuse.kernel import flush_pages
-from cowfs.fuse.mounts import FSTYPE, mount_at, resolve, unmount
+from cowfs.fuse.mounts import FSTYPE, resolve, unmount
 from cowfs.fuse.stale import is_dead
+from cowfs.storage.mounts import mount_at
 
 _STAYS = "cannot flush, so it stays mounted"
 _LOST = "was unmounted, and not all that was written is stored"

@@ -15,9 +15,9 @@ from cowfs.block.merged import require_unmerged
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.block.snapshots import SnapshotKey
 from cowfs.errors import CowfsError, InvalidImage, NotFound, NotPermitted, Unsupported, UsageError, blaming
-from cowfs.formats.datafile import data_path, open_data
+from cowfs.formats.datafile import data_path
 from cowfs.formats.registry import format_named, open_guessed
-from cowfs.storage import DEFAULT_NETWORK, Network, is_remote, open_storage, parse_address, shown
+from cowfs.storage import DEFAULT_NETWORK, Network, Storage, host, is_remote, open_storage, parse_address, shown
 from cowfs.storage.nbd.address import Address as NbdAddress
 from cowfs.storage.nbd.address import require_absolute
 from cowfs.storage.nbd.jsonname import PREFIX, parse_json_name
@@ -29,6 +29,8 @@ _PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 #: looks at a file's name before it is opened
 Vet = Callable[[str], Awaitable[None]]
+#: looks at a file once it is open, before anything of it is read
+VetOpen = Callable[[Storage], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Opening:
     """How the files of a chain are opened.
 
     ``cache_size`` bounds the bytes of tables that each layer keeps in memory. ``vet`` is shown each file's name before
-    it is opened, and refuses it by raising. Without ``locking``, nobody is told that they are in use, nor asked.
+    it is opened, and ``vet_open`` the file that this has led to; both refuse it by raising. Without ``locking``, nobody
+    is told that they are in use, nor asked.
     ``trusting`` takes backing files for what they were, although they have changed. ``network`` says how long servers
     are waited for. ``fleeting`` takes the first file also by a link that expires, for those who record no names.
     """
@@ -47,6 +50,22 @@ class Opening:
     trusting: bool = False
     network: Network = DEFAULT_NETWORK
     fleeting: bool = False
+    vet_open: VetOpen | None = None
+
+    async def open(self, name: str, *, writable: bool) -> Storage:
+        """Open one file. Raises what opening it does, or who looks at it."""
+        if self.vet is not None:
+            await self.vet(name)
+        storage = await open_storage(
+            name, writable=writable, locking=self.locking, network=self.network, fleeting=self.fleeting
+        )
+        try:
+            if self.vet_open is not None:
+                self.vet_open(storage)
+        except BaseException:
+            await storage.close()
+            raise
+        return storage
 
 
 #: what there is to say if there is nothing
@@ -73,19 +92,13 @@ async def open_image(
 
     ``for_repair`` needs ``writable``, and opens what is too damaged to be written otherwise. Errors name the file.
     """
-    if opening.vet is not None:
-        await opening.vet(name)
-    storage = await open_storage(
-        name, writable=writable, locking=opening.locking, network=opening.network, fleeting=opening.fleeting
-    )
+    storage = await opening.open(name, writable=writable)
     try:
         opener = format_named(format).open if format else open_guessed
         image = await opener(storage, cache_size=opening.cache_size, for_repair=for_repair)
         if image.data_file is not None:
-            path = data_path(name, image.data_file)
-            if opening.vet is not None:
-                await opening.vet(path)
-            image.attach_data(await open_data(name, path, writable=writable, locking=opening.locking))
+            path = await host.ask(data_path, name, image.data_file, file=name)
+            image.attach_data(await _open_data(name, path, opening, writable=writable))
         return image
     except CowfsError as error:
         await storage.close()
@@ -94,6 +107,15 @@ async def open_image(
         raise
     except BaseException:
         await storage.close()
+        raise
+
+
+async def _open_data(image: str, path: str, opening: Opening, *, writable: bool) -> Storage:
+    """Open what `data_path` has returned. Raises `CowfsError`, which names the image too."""
+    try:
+        return await opening.open(path, writable=writable)
+    except CowfsError as error:
+        error.message += f" (data file of {image})"
         raise
 
 
@@ -264,7 +286,7 @@ def require_storable(name: str) -> None:
 
 
 def backing_name(name: str, above: str) -> str:
-    """Return how an image calls its backing file: by its name in the same directory, absolutely elsewhere."""
+    """Return how an image calls its backing file: by its name in the same directory, absolutely elsewhere. Blocks."""
     if is_remote(name):
         return name
     folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100

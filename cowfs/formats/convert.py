@@ -15,6 +15,7 @@ from cowfs.errors import InvalidImage, Unsupported, UsageError
 from cowfs.formats.chain import PLAIN, Opening, Source, open_disk
 from cowfs.formats.create import create_image, existing_identity, remove_image
 from cowfs.formats.registry import format_named
+from cowfs.storage import host
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ async def convert(
             await _copy(source, target, options, progress)
         except BaseException:
             if is_new:
-                remove_image(target.name, target.options)
+                with trio.CancelScope(shield=True):
+                    await host.ask(remove_image, target.name, target.options, file=target.name)
             raise
 
 

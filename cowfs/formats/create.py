@@ -18,7 +18,7 @@ from cowfs.errors import CowfsError, InvalidImage, StorageError, UsageError
 from cowfs.formats.chain import backing_source, open_chain, open_disk, remember_base, require_storable
 from cowfs.formats.datafile import data_path
 from cowfs.formats.registry import Format, format_named
-from cowfs.storage import Storage, create_storage, open_storage, sync_directory
+from cowfs.storage import Storage, create_storage, host, open_storage, sync_directory
 
 #: bytes; disks are whole numbers of sectors, as with ``qemu-img``
 SECTOR = 512
@@ -83,7 +83,7 @@ async def existing_identity(name: str) -> Identity | None:
 
 
 def remove_image(name: str, options: Mapping[str, str]) -> None:
-    """Take back an image that `create_image` has just made where there was none, with its data file."""
+    """Take back an image that `create_image` has just made where there was none, with its data file. Blocks."""
     names = [name, data_path(name, options["data_file"])] if "data_file" in options else [name]
     for made in names:
         with suppress(FileNotFoundError):
@@ -128,7 +128,8 @@ async def _make(
             await trio.to_thread.run_sync(sync_directory, name)
     except BaseException:
         if is_new:
-            os.unlink(name)  # noqa: PTH108
+            with trio.CancelScope(shield=True):
+                await host.ask(os.unlink, name, file=name)
         raise
 
 

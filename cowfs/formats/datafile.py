@@ -14,12 +14,12 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from cowfs.errors import CowfsError, InvalidImage, NotPermitted, Unsupported, UsageError
-from cowfs.storage import Storage, create_storage, is_remote, open_storage, sync_directory
+from cowfs.errors import InvalidImage, NotPermitted, Unsupported, UsageError
+from cowfs.storage import Storage, create_storage, host, is_remote, sync_directory
 
 
 def data_path(image: str, name: str) -> str:
-    """Return the path of the data file that the header of the file ``image`` names.
+    """Return the path of the data file that the header of the file ``image`` names. Blocks.
 
     Raises `NotPermitted` for a file elsewhere, `InvalidImage` for the image itself, `Unsupported` for odd files.
     """
@@ -39,17 +39,8 @@ def data_path(image: str, name: str) -> str:
     return path
 
 
-async def open_data(image: str, path: str, *, writable: bool, locking: bool) -> Storage:
-    """Open what `data_path` has returned. Raises `StorageError`, which names the image too."""
-    try:
-        return await open_storage(path, writable=writable, locking=locking)
-    except CowfsError as error:
-        error.message += f" (data file of {image})"
-        raise
-
-
 def new_data_path(image: str, name: str) -> str:
-    """Return `data_path` for an image that is about to be made; `UsageError` if the data file exists already.
+    """Return `data_path` for an image that is about to be made; `UsageError` if the data file exists already. Blocks.
 
     What exists may be anybody's, the new image's backing file for one; so it is not replaced.
     """
@@ -71,5 +62,6 @@ async def new_data_file(path: str) -> AsyncIterator[Storage]:
             await storage.close()
         await trio.to_thread.run_sync(sync_directory, path)
     except BaseException:
-        os.unlink(path)  # noqa: PTH108
+        with trio.CancelScope(shield=True):
+            await host.ask(os.unlink, path, file=path)
         raise

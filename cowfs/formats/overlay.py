@@ -11,7 +11,7 @@ from cowfs.errors import Unsupported, UsageError
 from cowfs.formats.chain import Opening, backing_name, open_image
 from cowfs.formats.create import create_image, remove_image
 from cowfs.formats.registry import format_named
-from cowfs.storage import is_remote
+from cowfs.storage import host, is_remote
 
 
 async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> None:
@@ -26,7 +26,7 @@ async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> N
         raise UsageError(f"{format} images cannot have a backing file", file=path)
     await require_new(path, opening)
     active.require_writable()
-    backing = Backing(backing_name(active.name, path), active.format)
+    backing = Backing(await host.ask(backing_name, active.name, path, file=path), active.format)
     # what the layers below are is known; nobody could open the active one now
     await create_image(path, format, disk.size, backing, trust_backing=True)
     try:
@@ -38,7 +38,8 @@ async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> N
                 await image.close_storages()
             raise
     except BaseException:
-        remove_image(path, {})
+        with trio.CancelScope(shield=True):
+            await host.ask(remove_image, path, {}, file=path)
         raise
 
 
@@ -56,7 +57,7 @@ def path_beside(active: Layer, file: str) -> str:
 
 async def require_new(path: str, opening: Opening) -> None:
     """Raise `UsageError` if a file exists, or what ``opening`` has against it."""
-    if await trio.to_thread.run_sync(os.path.lexists, path):
-        raise UsageError("exists already", file=path)
     if opening.vet is not None:
         await opening.vet(path)
+    if await host.ask(os.path.lexists, path, file=path):
+        raise UsageError("exists already", file=path)

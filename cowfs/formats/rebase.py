@@ -24,7 +24,7 @@ from cowfs.block.viewers import Risk, keep_snapshots, no_content
 from cowfs.errors import InvalidImage, UsageError, blaming
 from cowfs.formats.chain import Opening, backing_source, open_chain, open_disk, open_image, require_storable
 from cowfs.formats.registry import format_named
-from cowfs.storage import is_remote
+from cowfs.storage import host, is_remote
 
 #: bytes of the disk whose mapping is looked up at once
 WINDOW = 1 << 30
@@ -93,7 +93,7 @@ async def _opened(name: str, disk: Disk, backing: Backing) -> AsyncIterator[Chai
     source = backing_source(name, backing)
 
     async def refuse_own(path: str) -> None:
-        if any(_is_same(path, storage.name) for storage in disk.layers[0].storages):
+        if any([await host.ask(_is_same, path, storage.name, file=path) for storage in disk.layers[0].storages]):
             raise InvalidImage("cannot be its own backing file, nor that of its backing file", file=name)
 
     layers = await open_chain(source.name, source.format, opening=Opening(vet=refuse_own))

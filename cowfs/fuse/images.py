@@ -16,12 +16,14 @@ from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError,
 from cowfs.formats.chain import Opening, open_disk, remember_base
 from cowfs.formats.overlay import path_beside, put_overlay, require_new
 from cowfs.fuse.descriptors import require_room, too_many
+from cowfs.fuse.inside import OwnMount
 from cowfs.fuse.lostwrites import LostWrites
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
 from cowfs.jobs.trace import Tracer
-from cowfs.storage import is_remote, parse_address
+from cowfs.storage import host, is_remote, parse_address
+from cowfs.storage.file import file_identity
 
 log = logging.getLogger(__name__)
 
@@ -257,13 +259,14 @@ class Mount:
         self.mount_point = mount_point
         self.settings = settings
         self.images: dict[str, Served] = {}
+        #: what must not be looked at
+        self.own = OwnMount(mount_point)
         self._opening = Opening(
-            settings.cache_size, self._refuse_inside, settings.locking, settings.accept_base, settings.network
+            *(settings.cache_size, self.own.vet, settings.locking, settings.accept_base, settings.network),
+            vet_open=self.own.vet_open,
         )
         self.error = ""
         self.changes = Changes()
-        #: st_dev of the mount, once there is one
-        self.device: int | None = None
         #: called with an image that is taken out, before it is closed
         self.on_remove: Callable[[Served], None] = lambda served: None
         #: sets the size of a flat file; see `Served.truncate`
@@ -273,7 +276,10 @@ class Mount:
         self.launder: Callable[[int, int, int], Awaitable[None]]
         self._taken = RESERVED | reserved
         self._nursery: trio.Nursery | None = None
-        self._changing = trio.Lock()
+        # whose names are given to images that are being added
+        self._coming: set[str] = set()
+        # whose files are open: those of `images`, and those that are being added and taken out
+        self._open: list[Served] = []
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Begin to serve the images that are open, and from now on those that are added."""
@@ -282,7 +288,7 @@ class Mount:
             await nursery.start(served.run, partial(self._neighbours, served))
 
     def _neighbours(self, served: Served) -> list[Neighbour]:
-        return [Neighbour(other.name, other.disk) for other in self.images.values() if other is not served]
+        return [Neighbour(other.name, other.disk) for other in self._open if other is not served]
 
     async def add(self, source: Source) -> None:
         """Open an image, and serve it if the mount is being served.
@@ -290,21 +296,6 @@ class Mount:
         Raises `UsageError` for names that are taken, `Busy` where two chains would write into each other's
         layers, `NotPermitted` for files inside the mount, or what opening the chain raises.
         """
-        async with self._changing:
-            served = await self._open(source)
-            if self._nursery is not None:
-                try:
-                    await self._nursery.start(served.run, partial(self._neighbours, served))
-                    # a job of another disk may have begun meanwhile
-                    self._refuse_sharing(served.disk)
-                except BaseException:
-                    with trio.CancelScope(shield=True):
-                        await served.stop()
-                    raise
-            self.images[served.name] = served
-        self.changes.happened()
-
-    async def _open(self, source: Source) -> Served:
         path = source.path
         if not path:
             raise UsageError("there is no file name")
@@ -313,18 +304,50 @@ class Mount:
         if name in self.images:
             other = self.images[name].file
             raise UsageError(f"there is a disk '{name}' already ({other}); say which NAME this one has: NAME={path}")
-        writable = not (self.settings.read_only or source.read_only or self.settings.snapshot is not None)
-        disk = await self._open_disk(path, source.format or self.settings.format, writable)
+        if name in self._coming:
+            raise UsageError(f"a disk '{name}' is just being added; say which NAME this one has: NAME={path}")
+        # opening may take long, and nobody else is to wait meanwhile
+        self._coming.add(name)
         try:
-            require_room(path)
-            self._refuse_sharing(disk)
+            self.images[name] = await self._start(name, source)
+        finally:
+            self._coming.discard(name)
+        self.changes.happened()
+
+    async def _start(self, name: str, source: Source) -> Served:
+        """Open an image, and serve it if the mount is being served."""
+        writable = not (self.settings.read_only or source.read_only or self.settings.snapshot is not None)
+        disk = await self._open_disk(source.path, source.format or self.settings.format, writable)
+        served = self._make(name, disk)
+        try:
+            require_room(source.path)
+            self._refuse_sharing(served)
+            # from now on, whoever else comes sees that its files are taken
+            self._open.append(served)
             await remember_base(disk)
+            for layer in disk.layers:
+                if layer.image.dirty and layer.storage.read_only:
+                    log.warning(
+                        "%s: was not closed cleanly, and is not repaired while it is open read-only", layer.name
+                    )
+            if self._nursery is not None:
+                await self._nursery.start(served.run, partial(self._neighbours, served))
+                # a job of another disk may have begun meanwhile
+                self._refuse_sharing(served)
         except BaseException:
-            await disk.close()
+            with trio.CancelScope(shield=True):
+                await self._stop(served)
             raise
-        for layer in disk.layers:
-            if layer.image.dirty and layer.storage.read_only:
-                log.warning("%s: was not closed cleanly, and is not repaired while it is open read-only", layer.name)
+        return served
+
+    async def _stop(self, served: Served) -> None:
+        try:
+            await served.stop()
+        finally:
+            if served in self._open:
+                self._open.remove(served)
+
+    def _make(self, name: str, disk: Disk) -> Served:
         served = Served(name, disk, self._opening, resume_jobs=self.settings.resume_jobs)
         served.guest_disk = detecting(disk, self.settings.detect_zeroes)
         served.allow_shrink = self.settings.allow_shrink
@@ -345,7 +368,7 @@ class Mount:
                 snapshot=self.settings.snapshot,
             )
         except Busy as error:
-            self._explain(error)
+            await self._explain(error)
             raise
         except CowfsError as error:
             if error.errno == errno.EMFILE:
@@ -354,41 +377,26 @@ class Mount:
                 error.message += "; it may be mounted read-only, with -o ro"
             raise
 
-    async def _refuse_inside(self, path: str) -> None:
-        """Refuse a file in the mount itself: the server would wait for its own answer."""
-        if is_remote(path):
-            return
-        # in a thread, since looking at a path in the mount needs this thread to answer
-        if await trio.to_thread.run_sync(self._is_inside, path):
-            raise NotPermitted(f"lies inside the mount {self.mount_point}, which cannot serve it to itself", file=path)
-
-    def _is_inside(self, path: str) -> bool:
-        real = os.path.realpath(path)
-        if real.startswith(self.mount_point.rstrip("/") + "/"):
-            return True
-        try:
-            return self.device is not None and os.stat(real).st_dev == self.device  # noqa: PTH116
-        except OSError:
-            # opening it says better what is wrong with it
-            return False
-
-    def _refuse_sharing(self, disk: Disk) -> None:
+    def _refuse_sharing(self, served: Served) -> None:
         """A file that one chain writes to must not be part of another."""
-        for other in self.images.values():
+        disk = served.disk
+        for other in self._open:
+            if other is served:
+                continue
             written, used = other.written, _identities(other.disk)
             for layer in disk.layers:
                 mine = layer is disk.layers[0] and not disk.read_only
                 if any(storage.identity in (used if mine else written) for storage in layer.storages):
                     raise Busy(_CLASH.format(other.name), file=layer.name)
 
-    def _explain(self, error: Busy) -> None:
+    async def _explain(self, error: Busy) -> None:
         """Name the disk of this mount that a file which cannot be locked is part of, if it is of any."""
-        for other in self.images.values():
-            storages = [storage for layer in other.disk.layers for storage in layer.storages]
-            names = [storage.name for storage in storages if not storage.is_remote]
-            if error.file is not None and any(os.path.samefile(error.file, name) for name in names):  # noqa: PTH121
-                error.message = _CLASH.format(other.name)
-                return
+        if error.file is None:
+            return
+        identity = await host.ask(file_identity, error.file, file=error.file)
+        other = next((other for other in self._open if identity in _identities(other.disk)), None)
+        if other is not None:
+            error.message = _CLASH.format(other.name)
 
     async def _launder(self, inode: int, offset: int, length: int) -> None:
         # which is set after images have been added
@@ -403,18 +411,17 @@ class Mount:
 
     async def remove(self, name: str) -> None:
         """Take an image out and close it. Raises `NotFound`, or `Busy` if it is open or has a job."""
-        async with self._changing:
-            served = self.images.get(name)
-            if served is None:
-                raise NotFound(f"there is no disk '{name}'")
-            if served.jobs.active is not None:
-                raise Busy(f"a {served.jobs.active.verb} job is active on '{name}'; cancel it first")
-            if served.open_files:
-                raise Busy(f"'{name}' is open")
-            del self.images[name]
-            served.is_removed = True
-            self.on_remove(served)
-            await served.stop()
+        served = self.images.get(name)
+        if served is None:
+            raise NotFound(f"there is no disk '{name}'")
+        if served.jobs.active is not None:
+            raise Busy(f"a {served.jobs.active.verb} job is active on '{name}'; cancel it first")
+        if served.open_files:
+            raise Busy(f"'{name}' is open")
+        del self.images[name]
+        served.is_removed = True
+        self.on_remove(served)
+        await self._stop(served)
         self.changes.happened()
 
     async def close(self) -> bool:
@@ -422,7 +429,7 @@ class Mount:
         sound = True
         for served in list(self.images.values()):
             try:
-                await served.stop()
+                await self._stop(served)
             except CowfsError as error:
                 log.error("closing '%s': %s", served.name, error)
                 sound = False
@@ -438,7 +445,7 @@ class Mount:
         if first.disk.layers[0].storage.is_remote:
             return _full(first.disk.size), largest
         try:
-            state = await trio.to_thread.run_sync(os.statvfs, first.file)
+            state = await host.ask(os.statvfs, first.file, file=first.file)
         except OSError as error:
             raise StorageError.from_os(error, file=first.file, doing="cannot tell the free space") from error
         return state, largest

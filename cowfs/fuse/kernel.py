@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from time import time_ns
 
-from cowfs.fuse.mounts import mount_at
+from cowfs.storage.mounts import mount_at
 
 log = logging.getLogger(__name__)
 

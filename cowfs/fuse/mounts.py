@@ -1,10 +1,8 @@
-"""What is mounted, and taking it away."""
+"""The mounts of cowfs: what their type is, and taking them away."""
 
 import ctypes
 import os
-import re
 import subprocess
-from typing import NamedTuple
 
 from cowfs.errors import Busy, CowfsError, StorageError
 
@@ -14,36 +12,6 @@ FSTYPE = "fuse.cowfs"
 MNT_DETACH = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class MountEntry(NamedTuple):
-    """One line of ``/proc/self/mountinfo``; ``device`` as ``MAJOR:MINOR``."""
-
-    mount_point: str
-    fstype: str
-    source: str
-    device: str
-
-
-def list_mounts() -> list[MountEntry]:
-    """Return all mounts that this process sees, in the order in which they were made."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return [_parse(line) for line in file]
-
-
-def _parse(line: str) -> MountEntry:
-    fields = line.rstrip("\n").split(" ")
-    rest = fields[fields.index("-") + 1 :]
-    return MountEntry(_unescape(fields[4]), rest[0], _unescape(rest[1]), fields[2])
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
-def mount_at(mount_point: str) -> MountEntry | None:
-    """Return what is mounted on a directory, the uppermost if several; the path must be absolute and resolved."""
-    return next((entry for entry in reversed(list_mounts()) if entry.mount_point == mount_point), None)
 
 
 def resolve(path: str) -> str:

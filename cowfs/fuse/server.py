@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyfuse3
@@ -24,9 +25,13 @@ from cowfs.fuse.operations import Operations
 from cowfs.fuse.options import Settings
 from cowfs.fuse.shim.requests import Requests
 from cowfs.fuse.tree import FlatFile, Node
+from cowfs.storage import host
+from cowfs.storage.mounts import mount_at
 
 log = logging.getLogger(__name__)
 
+#: seconds that a look at the host's files may take before the command that needs it fails; see `host.patience`
+PATIENCE = 15.0
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -51,6 +56,7 @@ def serve(request: Request, ready: Callable[[], None]) -> int:
 
 
 async def _serve(request: Request, ready: Callable[[], None]) -> int:
+    host.patience.set(PATIENCE)
     mount = Mount(request.mount_point, request.settings, frozenset(MOUNT_FILES))
     try:
         for source in request.sources:
@@ -58,6 +64,8 @@ async def _serve(request: Request, ready: Callable[[], None]) -> int:
         operations = Operations(mount)
         requests = Requests(operations)
         _mount(operations, requests, request)
+        entry = mount_at(request.mount_point)
+        mount.own.device = None if entry is None else entry.number
     except BaseException:
         with trio.CancelScope(shield=True):
             await mount.close()
@@ -153,9 +161,8 @@ class _Server:
     async def _announce(self) -> None:
         """See that the mount answers, and say so."""
         where = self._mount.mount_point
-        await trio.to_thread.run_sync(os.statvfs, where)
-        self._mount.device = (await trio.to_thread.run_sync(os.stat, where)).st_dev
-        await trio.to_thread.run_sync(kernel.tune, where)
+        await trio.to_thread.run_sync(os.statvfs, where, limiter=host.THREADS)
+        await trio.to_thread.run_sync(kernel.tune, where, limiter=host.THREADS)
         self._announced = True
         log.info("%s: serving %s", where, ", ".join(self._mount.images) or "no images")
         try:
@@ -185,7 +192,8 @@ class _Server:
 
     async def _ask_kernel(self, call: Callable[..., None], name: str, *args: object) -> None:
         try:
-            await trio.to_thread.run_sync(call, self._mount.mount_point, name, *args, abandon_on_cancel=True)
+            asking = partial(call, self._mount.mount_point, name, *args)
+            await trio.to_thread.run_sync(asking, abandon_on_cancel=True, limiter=host.THREADS)
         except OSError as error:
             log.error("'%s': %s", name, error)
 
@@ -216,7 +224,8 @@ class _Server:
     async def _truncate(self, served: Served, size: int) -> None:
         """Set the size of a flat file through the kernel, which asks us to do it, and then knows it."""
         try:
-            await trio.to_thread.run_sync(kernel.correct_size, self._mount.mount_point, served.name, size)
+            asking = partial(kernel.correct_size, self._mount.mount_point, served.name, size)
+            await trio.to_thread.run_sync(asking, limiter=host.THREADS)
         except OSError as error:
             if served.resize_error is not None:
                 raise served.resize_error from error
@@ -229,7 +238,7 @@ class _Server:
         await served.discard_here(offset, length)
         # a node that the kernel does not know has nothing in its cache
         with contextlib.suppress(FileNotFoundError):
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True, limiter=host.THREADS)
         await self._ask_kernel(kernel.touch, served.name)
 
     def _forget(self, served: Served) -> None:

@@ -5,7 +5,8 @@ import os
 import stat
 
 from cowfs.errors import Busy, NotFound, StorageError, UsageError
-from cowfs.fuse.mounts import FSTYPE, mount_at, resolve, unmount
+from cowfs.fuse.mounts import FSTYPE, resolve, unmount
+from cowfs.storage.mounts import mount_at
 
 #: how a mount whose server is gone answers
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)

@@ -28,6 +28,7 @@ from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CowfsError, UsageError
 from cowfs.formats.chain import backing_name
 from cowfs.jobs.job import Job, OnError, log
+from cowfs.storage import host
 
 #: bytes copied at once, at the least, where each step is made durable with guests held off it
 FIRM_STEP = 1 << 20
@@ -241,7 +242,7 @@ class Commit(Job):
         """
         disk, layer, base = self.disk, self.disk.layers[above], self._base
         await self._hide_tail(above)
-        backing = Backing(backing_name(base.name, layer.name), base.format)
+        backing = Backing(await host.ask(backing_name, base.name, layer.name, file=layer.name), base.format)
         removed = await disk.cut_out(above, self._depth, backing, size)
         if removed is None:
             return False

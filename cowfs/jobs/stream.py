@@ -18,6 +18,7 @@ from cowfs.errors import UsageError
 from cowfs.formats.chain import backing_name
 from cowfs.jobs.job import Job, OnError
 from cowfs.jobs.trace import TraceFile
+from cowfs.storage import host
 
 #: bytes of the disk whose mapping is looked up at once, so that empty stretches cost nothing
 WINDOW = 256 << 20
@@ -116,7 +117,9 @@ class Stream(Job):
     async def _let_go(self, end: int, size: int) -> bool:
         """Take what is not needed any more out of the chain; False if the disk has grown beyond ``size`` meanwhile."""
         disk, top, base = self.disk, self.disk.layers[0], self._base
-        backing = None if base is None else Backing(backing_name(base.name, top.name), base.format)
+        backing = None
+        if base is not None:
+            backing = Backing(await host.ask(backing_name, base.name, top.name, file=top.name), base.format)
         removed = await disk.cut_out(0, None if base is None else end, backing, size)
         if removed is None:
             return False

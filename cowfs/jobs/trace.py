@@ -13,7 +13,7 @@ from cowfs.block.trace import MAX_BYTES, Recording, Trace
 from cowfs.errors import Busy, CowfsError, StorageError, UsageError
 from cowfs.formats.chain import Vet
 from cowfs.jobs.journal import write_new
-from cowfs.storage import sync_directory
+from cowfs.storage import host, sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ async def load_trace(path: str, vet: Vet | None = None) -> TraceFile:
     if vet is not None:
         await vet(path)
     try:
-        return TraceFile(path, Trace.parse(await trio.to_thread.run_sync(_read, path)))
+        return TraceFile(path, Trace.parse(await host.ask(_read, path, file=path)))
     except CowfsError as error:
         error.file = path
         raise

@@ -1,5 +1,9 @@
 """Where an image's bytes live."""
 
+import os
+from functools import partial
+
+from cowfs.storage import host
 from cowfs.storage.base import Storage
 from cowfs.storage.file import FileStorage, sync_directory
 from cowfs.storage.nbd import address as nbd
@@ -50,14 +54,33 @@ async def open_storage(
     if remote.is_address(name):
         return await RemoteStorage.open(name, writable=writable, network=network, fleeting=fleeting)
     if nbd.is_address(name):
+        await _look_for_socket(name)
         return await KeptNbdStorage.open(name, writable=writable, network=network)
-    return FileStorage.open(name, writable=writable, locking=locking)
+    call = partial(FileStorage.open, name, writable=writable, locking=locking)
+    return await host.ask(call, file=name, undo=FileStorage.close_now)
+
+
+async def _look_for_socket(name: str) -> None:
+    """Find out that the file system of an export's Unix socket answers: connecting follows its path on the spot."""
+    path = nbd.parse_address(name).socket
+    if path is not None:
+        await host.ask(os.path.realpath, path, file=name)
 
 
 async def create_storage(name: str, *, exclusive: bool = False) -> Storage:
-    """Make an empty storage of a name; ``exclusive`` refuses one that exists. An export is there, or is not."""
+    """Make an empty storage of a name; ``exclusive`` refuses one that exists. An export is there, or is not.
+
+    After a cancellation, a file that was made exclusively does not stay.
+    """
     if remote.is_address(name):
         return await RemoteStorage.open(name, writable=True)
     if nbd.is_address(name):
+        await _look_for_socket(name)
         return await KeptNbdStorage.open(name, writable=True)
-    return FileStorage.create(name, exclusive=exclusive)
+
+    def undo(storage: FileStorage) -> None:
+        if exclusive:
+            os.unlink(name)  # noqa: PTH108
+        storage.close_now()
+
+    return await host.ask(partial(FileStorage.create, name, exclusive=exclusive), file=name, undo=undo)

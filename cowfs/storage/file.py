@@ -3,6 +3,9 @@
 What the page cache holds is read on the spot with ``preadv2(RWF_NOWAIT)``; what it does not hold, and every
 call that waits for a device, runs in a worker thread. Writes go into the page cache, which takes them at
 the speed of memory, so they are made on the spot too.
+
+A file system that is served by somebody else, over a network or by a program (FUSE), may not answer for as long as it
+likes. Of a file there nothing is asked on the spot, and its calls have threads of their own.
 """
 
 import contextlib
@@ -23,6 +26,7 @@ import trio
 from cowfs.errors import CowfsError, ReadOnly, StorageError
 from cowfs.storage import locks
 from cowfs.storage.base import Move, ReadBuffers, Region, Storage, WriteBuffers, in_two
+from cowfs.storage.mounts import mount_of
 
 T = TypeVar("T")
 
@@ -47,6 +51,9 @@ _SCRATCH = memoryview(bytearray(256 << 10))
 Common = WeakValueDictionary[Hashable, Any]
 #: what files that are open for reading have in common, by identity, length and time of the last change
 _COMMON: WeakValueDictionary[tuple[object, ...], Common] = WeakValueDictionary()
+
+#: threads that the calls on one file of such a file system may take
+_SERVED_THREADS = 16
 
 #: errnos by which a file system says that it has no RWF_NOWAIT reads; tmpfs is one: all it holds is memory
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.ENOSYS)
@@ -73,13 +80,21 @@ class FileStorage(Storage):
         self._fd = fd
         status = os.fstat(fd)
         self._is_device = stat.S_ISBLK(status.st_mode)
-        self._identity = (status.st_dev, status.st_rdev if self._is_device else status.st_ino)
+        self._identity = _identity(status)
         self.length = _device_size(fd) if self._is_device else status.st_size
         if read_only and locking and not self._is_device:
             # the locks keep it as it is
             key = (*self._identity, status.st_size, status.st_mtime_ns)
             self.common = _COMMON.setdefault(key, Common())
-        self._reads_now = True
+        mount = mount_of(fd, status.st_dev)
+        #: whether the file system may not answer
+        self._is_served = mount is not None and mount.is_served and not self._is_device
+        self._is_memory = mount is not None and mount.is_memory
+        self._limiter = trio.CapacityLimiter(_SERVED_THREADS) if self._is_served else None
+        # of a served file, as of the last call that waited for its server
+        self._status = status
+        self._free = _free_space(fd, name) if self._is_served else 0
+        self._reads_now = not self._is_served
         self._nowait = os.RWF_NOWAIT
         self._flush_error: StorageError | None = None
         # from which the kernel cannot copy into this one
@@ -89,7 +104,7 @@ class FileStorage(Storage):
 
     @classmethod
     def open(cls, path: str, *, writable: bool, locking: bool = True) -> "FileStorage":
-        """Open an existing file or block device.
+        """Open an existing file or block device. Blocks.
 
         Raises `StorageError` with the host's errno, EINVAL for what holds no bytes (a FIFO, a terminal), and, with
         ``locking``, `Busy` if another process uses it in a way that excludes this one.
@@ -106,7 +121,7 @@ class FileStorage(Storage):
 
     @classmethod
     def create(cls, path: str, *, exclusive: bool = False) -> "FileStorage":
-        """Make an empty file, or empty an existing one; a block device is opened as it is."""
+        """Make an empty file, or empty an existing one; a block device is opened as it is. Blocks."""
         name = os.fspath(path)
         flags = os.O_RDWR | os.O_CREAT | (os.O_EXCL if exclusive else 0)
         with _reported(name, "cannot create"):
@@ -134,12 +149,16 @@ class FileStorage(Storage):
     @property
     def allocated(self) -> int:
         """Bytes of host space, from ``st_blocks``; the size, on a block device."""
-        return self.length if self._is_device else os.fstat(self._fd).st_blocks * 512
+        return self.length if self._is_device else self._fstat().st_blocks * 512
 
     @property
     def modified_ns(self) -> int:
         """A block device's time is that of its name."""
-        return 0 if self._is_device else os.fstat(self._fd).st_mtime_ns
+        return 0 if self._is_device else self._fstat().st_mtime_ns
+
+    def _fstat(self) -> os.stat_result:
+        """Of a served file, as it was when its server was waited for last, since this runs on the trio thread."""
+        return self._status if self._is_served else os.fstat(self._fd)
 
     def fileno(self) -> int:
         """Return the descriptor, for the few calls that only local files have."""
@@ -157,7 +176,7 @@ class FileStorage(Storage):
             return False
         except OSError as error:
             if self._nowait and error.errno in _NO_NOWAIT:
-                self._reads_now = _is_in_memory(self._fd)
+                self._reads_now = self._is_memory
                 self._nowait = 0
                 return self.read_now(offset, buffers)
             raise StorageError.from_os(error, file=self.name, doing="cannot read") from error
@@ -181,9 +200,11 @@ class FileStorage(Storage):
     # -- writing
 
     def write_now(self, offset: int, buffers: WriteBuffers) -> bool:
-        """Write into the page cache, in as many calls as it takes."""
+        """Write into the page cache, in as many calls as it takes; False where a server has it."""
         if self.read_only:
             raise ReadOnly("is open read-only", file=self.name)
+        if self._is_served:
+            return False
         try:
             if len(buffers) == 1:
                 total = len(buffers[0])
@@ -203,8 +224,20 @@ class FileStorage(Storage):
         return True
 
     async def write(self, offset: int, buffers: WriteBuffers) -> None:
-        """Write into the page cache; see `write_now`."""
-        self.write_now(offset, buffers)
+        """Write into the page cache, see `write_now`; or in a worker thread."""
+        if not self.write_now(offset, buffers):
+            await self._write_served(offset, buffers)
+
+    async def _write_served(self, offset: int, buffers: WriteBuffers) -> None:
+        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        end = offset + sum(map(len, views))
+        try:
+            await self._in_thread("cannot write", self._write_rest, offset, views)
+        except StorageError:
+            # a part of it may be there
+            self.length = max(self.length, await self._size())
+            raise
+        self.length = max(self.length, end)
 
     def _write_rest(self, offset: int, rest: list[memoryview]) -> None:
         while rest:
@@ -237,7 +270,7 @@ class FileStorage(Storage):
 
         async def copy(part: Sequence[Move]) -> None:
             try:
-                await trio.to_thread.run_sync(self._copy, part)
+                await trio.to_thread.run_sync(self._copy, part, limiter=self._limiter)
             except OSError as error:
                 errors.append(StorageError.from_os(error, file=self.name, doing="cannot write"))
             except CowfsError as error:
@@ -250,9 +283,16 @@ class FileStorage(Storage):
         finally:
             if not self._is_device:
                 # of a copy that failed, a part may be there
-                self.length = max(self.length, os.fstat(self._fd).st_size)
+                self.length = max(self.length, await self._size())
         if errors:
             raise errors[0]
+
+    async def _size(self) -> int:
+        if not self._is_served:
+            return os.fstat(self._fd).st_size
+        with trio.CancelScope(shield=True):
+            status = await self._in_thread("cannot read", os.fstat, self._fd)
+        return status.st_size
 
     def _copy_now(self, move: Move) -> bool:
         if move.length > len(_SCRATCH):
@@ -302,10 +342,20 @@ class FileStorage(Storage):
         if self._flush_error is not None:
             raise self._flush_error
         try:
-            await self._in_thread("cannot flush", os.fdatasync, self._fd)
+            await self._in_thread("cannot flush", self._sync)
         except StorageError as error:
             self._flush_error = error
             raise
+
+    def _sync(self) -> None:
+        os.fdatasync(self._fd)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Ask a server what the trio thread may want to know next."""
+        if self._is_served:
+            self._status = os.fstat(self._fd)
+            self._free = _free_space(self._fd, self.name)
 
     async def truncate(self, length: int) -> None:
         """``ftruncate``; a block device keeps its size and refuses what does not fit into it."""
@@ -316,8 +366,12 @@ class FileStorage(Storage):
                 raise StorageError("the device is too small", errno=errno.ENOSPC, file=self.name)
             return
         self._dense = (0, 0)
-        await self._in_thread("cannot resize", os.ftruncate, self._fd, length)
+        await self._in_thread("cannot resize", self._truncate, length)
         self.length = length
+
+    def _truncate(self, length: int) -> None:
+        os.ftruncate(self._fd, length)
+        self._look_again()
 
     async def punch(self, offset: int, length: int) -> None:
         """Punch a hole, or write zeros where the host has no holes. What lies past the end is left alone."""
@@ -336,6 +390,7 @@ class FileStorage(Storage):
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 raise
             self._write_zeros(offset, length)
+        self._look_again()
 
     def _write_zeros(self, offset: int, length: int) -> None:
         while length > 0:
@@ -352,16 +407,14 @@ class FileStorage(Storage):
         self.length = max(self.length, length)
 
     def free_space(self) -> int | None:
-        """``fstatvfs``."""
+        """``fstatvfs``; of a served file, as of the last flush."""
         if self._is_device:
             return None
-        with _reported(self.name, "cannot tell the free space"):
-            state = os.fstatvfs(self._fd)
-        return state.f_bavail * state.f_frsize
+        return self._free if self._is_served else _free_space(self._fd, self.name)
 
     def take_space(self, offset: int, length: int) -> None:
         """``fallocate``, which does not take an empty range: such is the L1 table of a disk of no bytes."""
-        if self._is_device or not length:
+        if self._is_device or self._is_served or not length:
             return
         try:
             _fallocate(self._fd, 0, offset, length)
@@ -405,21 +458,24 @@ class FileStorage(Storage):
 
     async def reopen(self, *, writable: bool) -> None:
         """Swap the descriptor under its number, so that a thread in the middle of a call keeps a valid file."""
-        if writable != self.read_only:
-            return
+        if writable == self.read_only:
+            await self._in_thread("cannot open", self._reopen, writable)
+            self.common = None
+            self.read_only = not writable
+
+    def _reopen(self, writable: bool) -> None:
         fd = _open(self.name, os.O_RDWR if writable else os.O_RDONLY)
         try:
             status = os.fstat(fd)
-            if self._identity != (status.st_dev, status.st_rdev if self._is_device else status.st_ino):
+            if self._identity != _identity(status):
                 raise StorageError("was replaced by another file", errno=errno.ESTALE, file=self.name)
             if self._locking:
                 self._exchange_locks(fd, writable=writable)
             # with the old descriptor's last name go its locks
             os.dup2(fd, self._fd, inheritable=False)
+            self._status = status
         finally:
             os.close(fd)
-        self.common = None
-        self.read_only = not writable
 
     def _exchange_locks(self, fd: int, *, writable: bool) -> None:
         """Lock another descriptor of the file for another use, with no moment between in which there is no lock."""
@@ -433,15 +489,23 @@ class FileStorage(Storage):
             raise
 
     async def close(self) -> None:
-        """Close the descriptor."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the descriptor; where a server has the file, which it is told of, in a worker thread."""
+        if not self._is_served:
+            self.close_now()
+        elif self._fd >= 0:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.close_now, limiter=self._limiter)
+
+    def close_now(self) -> None:
+        """The same, on the spot. Blocks."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
             self.common = None
 
     async def _in_thread(self, doing: str, call: "Callable[..., T]", *args: object) -> T:
         try:
-            return await trio.to_thread.run_sync(call, *args)
+            return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
         except OSError as error:
             raise StorageError.from_os(error, file=self.name, doing=doing) from error
 
@@ -492,15 +556,22 @@ def _zero_rest(buffers: ReadBuffers, done: int) -> bool:
     return True
 
 
-def _is_in_memory(fd: int) -> bool:
-    """Whether the file lies in a file system that is nothing but memory, where no read ever waits."""
-    device = os.fstat(fd).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        if fields[2] == number:
-            return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
-    return False
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_ino
+
+
+def file_identity(name: str) -> tuple[int, int] | None:
+    """Return the `Storage.identity` that a file would have; None if there is none. Blocks."""
+    try:
+        return _identity(os.stat(name))  # noqa: PTH116
+    except OSError:
+        return None
+
+
+def _free_space(fd: int, name: str) -> int:
+    with _reported(name, "cannot tell the free space"):
+        state = os.fstatvfs(fd)
+    return state.f_bavail * state.f_frsize
 
 
 def sync_directory(name: str) -> None:

@@ -8,6 +8,7 @@ one that goes against them. Closing the file lets go of them, however a process 
 
 import errno
 import fcntl
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -95,31 +96,28 @@ def _refusal(fd: int, byte: int) -> str:
 
 
 def _holder(fd: int, byte: int) -> int | None:
-    """Process with a lock on a byte of an open file; None if this process may not know."""
-    status = os.fstat(fd)
+    """Process with a lock on a byte of an open file, which has locks of its own; None if this process may not know.
+
+    Reads nothing but ``/proc``, and no file system is asked: stat(2) of a descriptor of another process would ask the
+    one that it is open in, which may be dead, or wait for this very process.
+    """
     own = os.getpid()
+    # device and inode as the kernel writes them, which on some file systems are not those of stat(2)
+    file = next((lock.file for lock in _locks(own, str(fd))), None)
     for process in _processes():
-        folder = Path("/proc", str(process))
-        for number in _names(folder / "fd"):
+        for number in _names(f"/proc/{process}/fdinfo"):
             if (process, number) == (own, str(fd)):
                 continue
-            try:
-                found = (folder / "fd" / number).stat()
-                if (found.st_dev, found.st_ino) != (status.st_dev, status.st_ino):
-                    continue
-                if _covers((folder / "fdinfo" / number).read_text(), byte):
-                    return process
-            except OSError:
-                # closed meanwhile
-                continue
+            if any(lock.file == file and lock.first <= byte <= lock.last for lock in _locks(process, number)):
+                return process
     return None
 
 
 def _processes() -> Iterable[int]:
-    return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208
+    return sorted(int(name) for name in _names("/proc") if name.isdigit())
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: str) -> list[str]:
     try:
         return os.listdir(folder)  # noqa: PTH208
     except OSError:
@@ -127,15 +125,27 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _covers(text: str, byte: int) -> bool:
-    """Whether a ``fdinfo`` file tells of a lock on a byte: "lock: 1: OFDLCK  ADVISORY  READ -1 00:1f:77 100 100"."""
-    for line in text.splitlines():
-        words = line.split()
+class _Lock(NamedTuple):
+    """A lock of an open file description: device and inode as ``/proc`` has them, first and last byte."""
+
+    file: str
+    first: int
+    last: float
+
+
+def _locks(process: int, number: str) -> list[_Lock]:
+    """Locks of a descriptor: lines as "lock: 1: OFDLCK  ADVISORY  READ -1 00:1f:77 100 100" of its ``fdinfo``."""
+    try:
+        text = Path(f"/proc/{process}/fdinfo/{number}").read_text()
+    except OSError:
+        # closed meanwhile
+        return []
+    found = []
+    for words in map(str.split, text.splitlines()):
         if words[:1] == ["lock:"] and "OFDLCK" in words:
-            end = words[-1]
-            if int(words[-2]) <= byte and (end == "EOF" or byte <= int(end)):
-                return True
-    return False
+            file, first, last = words[-3:]
+            found.append(_Lock(file, int(first), math.inf if last == "EOF" else int(last)))
+    return found
 
 
 def _command(process: int) -> str:

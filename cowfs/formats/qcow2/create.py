@@ -25,6 +25,7 @@ from cowfs.formats.qcow2.layout import (
     Header,
 )
 from cowfs.formats.qcow2.opening import open_image
+from cowfs.storage import host
 from cowfs.storage.base import Storage
 
 OPTIONS = {
@@ -72,7 +73,8 @@ async def create(storage: Storage, size: int, backing: Backing | None, options: 
     if header.data_file is None:
         await _fill(storage, None, content, size, preallocation)
         return
-    async with new_data_file(new_data_path(storage.name, header.data_file)) as data:
+    path = await host.ask(new_data_path, storage.name, header.data_file, file=storage.name)
+    async with new_data_file(path) as data:
         await data.truncate(size)
         await _fill(storage, data, content, size, preallocation)
 

@@ -11,6 +11,7 @@ import pyfuse3
 import trio
 
 from cowfs.fuse import shim
+from cowfs.storage import host
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Requests:
             self._libfuse.fuse_lowlevel_notify_inval_inode,
             *(self._session, inode, offset, length),
             abandon_on_cancel=True,
+            limiter=host.THREADS,
         )
         if result not in (0, -errno.ENOENT):
             raise OSError(-result, os.strerror(-result))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cowfs.errors import NotFound, StorageError
+from cowfs.storage import host
 from cowfs.storage.nbd import protocol as nbd
 from cowfs.storage.nbd.address import Address
 from cowfs.storage.nbd.protocol import Export
@@ -110,7 +111,7 @@ class _Negotiation:
     async def begin(cls, address: Address) -> "_Negotiation":
         """Connect, and agree on the protocol and on TLS."""
         # certificates are looked at first: nobody should learn of a connection that comes to nothing
-        context = tls_context(address) if address.tls else None
+        context = await host.ask(tls_context, address, file=address.uri) if address.tls else None
         transport = await connect(address)
         self = cls(address, transport)
         try:

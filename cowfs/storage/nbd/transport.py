@@ -261,7 +261,7 @@ async def connect(address: Address) -> PlainTransport:
 
 
 def tls_context(address: Address) -> ssl.SSLContext:
-    """Return what TLS needs to know. Raises `StorageError` for certificates that are not there, or are none."""
+    """Return what TLS needs to know. Blocks. Raises `StorageError` for certificates that are not there, or are none."""
     if address.certificates is None:
         return ssl.create_default_context()
     folder = Path(address.certificates)
