@@ -105,6 +105,13 @@ class StorageError(CowfsError):
         return cls(f"{doing}: {os.strerror(number)}", errno=number, file=file)
 
 
+def first_error(error: BaseException) -> BaseException:
+    """Return the error that came first out of the groups that trio's nurseries wrap around errors."""
+    while parts := getattr(error, "exceptions", ()):
+        error = parts[0]
+    return error
+
+
 @contextmanager
 def blaming(file: str) -> Iterator[None]:
     """Let errors that name no file name this one."""

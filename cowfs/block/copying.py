@@ -68,7 +68,7 @@ class _Step(NamedTuple):
 async def copy(source: Joined, target: Chain, options: CopyOptions, progress: Progress) -> None:
     """Make the start of ``target`` hold what ``source`` does. The caller flushes.
 
-    ``progress`` is told bytes done and bytes in all. Errors may arrive inside of exception groups.
+    ``progress`` is told bytes done and bytes in all.
     """
     await _Copier(source, target, options, progress).run()
 

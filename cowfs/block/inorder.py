@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import trio
 
+from cowfs.storage.nursery import side_by_side
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -19,23 +21,22 @@ async def in_order(
 ) -> None:
     """Call ``work`` on up to ``limit`` jobs at a time, and ``use`` on each result, in the order of the jobs.
 
-    No more than ``limit`` results wait to be used. The first error, wherever it is, ends everything; it arrives
-    inside of exception groups.
+    No more than ``limit`` results wait to be used. The first error, wherever it is, ends everything, and is raised.
     """
+    async with side_by_side() as nursery:
 
-    async def feed(queue: "trio.MemorySendChannel[trio.MemoryReceiveChannel[Result]]") -> None:
-        async with queue, aclosing(jobs), trio.open_nursery() as workers:
-            async for job in jobs:
-                slot: tuple[trio.MemorySendChannel[Result], trio.MemoryReceiveChannel[Result]]
-                slot = trio.open_memory_channel(1)
-                await queue.send(slot[1])
-                workers.start_soon(do, job, slot[0])
+        async def feed(queue: "trio.MemorySendChannel[trio.MemoryReceiveChannel[Result]]") -> None:
+            async with queue, aclosing(jobs):
+                async for job in jobs:
+                    slot: tuple[trio.MemorySendChannel[Result], trio.MemoryReceiveChannel[Result]]
+                    slot = trio.open_memory_channel(1)
+                    await queue.send(slot[1])
+                    nursery.start_soon(do, job, slot[0])
 
-    async def do(job: Job, slot: "trio.MemorySendChannel[Result]") -> None:
-        async with slot:
-            await slot.send(await work(job))
+        async def do(job: Job, slot: "trio.MemorySendChannel[Result]") -> None:
+            async with slot:
+                await slot.send(await work(job))
 
-    async with trio.open_nursery() as nursery:
         ends: tuple[
             trio.MemorySendChannel[trio.MemoryReceiveChannel[Result]],
             trio.MemoryReceiveChannel[trio.MemoryReceiveChannel[Result]],
@@ -45,4 +46,12 @@ async def in_order(
         async with ends[1]:
             async for slot in ends[1]:
                 async with slot:
-                    await use(await slot.receive())
+                    await use(await _result(slot))
+
+
+async def _result(slot: "trio.MemoryReceiveChannel[Result]") -> Result:
+    try:
+        return await slot.receive()
+    except trio.EndOfChannel:
+        # whoever works on it has failed; that error ends this too, and is the one that counts
+        await trio.sleep_forever()

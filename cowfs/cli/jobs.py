@@ -16,6 +16,7 @@ from cowfs.jobs.control import progress
 from cowfs.jobs.job import Job, OnError, State
 from cowfs.jobs.plan import drop_done, plan_of_job
 from cowfs.jobs.stream import Stream
+from cowfs.storage.nursery import side_by_side
 
 #: seconds between two looks at a job that goes on
 INTERVAL = 0.5
@@ -51,7 +52,7 @@ async def _run_offline(
         plan = plan_of_job(job)
         await job.require_harmless()
         with progress_display(job.verb, quiet=quiet) as display:
-            async with trio.open_nursery() as nursery:
+            async with side_by_side() as nursery:
                 nursery.start_soon(_watch, job, display)
                 await job.run()
                 nursery.cancel_scope.cancel()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import click
 
 from cowfs import __version__
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, first_error
 
 #: exit code after Ctrl-C, as shells report it
 INTERRUPTED = 130
@@ -108,7 +108,7 @@ def main(args: Sequence[str] | None = None) -> int:
         _complain(_usage_text(error))
         return entry.usage
     except BaseException as error:  # noqa: BLE001
-        return _report(_innermost(error), entry)
+        return _report(first_error(error), entry)
 
 
 def _from_mount_helper(args: list[str]) -> list[str]:
@@ -146,13 +146,6 @@ def _report(error: BaseException, entry: Entry) -> int:
         if os.environ.get("COWFS_DEBUG") == "1":
             traceback.print_exception(error)
     return entry.failure
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """Return the error that matters out of the groups that trio's nurseries wrap around it."""
-    while parts := getattr(error, "exceptions", ()):
-        error = parts[0]
-    return error
 
 
 def _usage_text(error: click.UsageError) -> str:

@@ -38,8 +38,7 @@ async def convert(
     """Copy the disks of ``sources``, one after the other, into ``target``, durably.
 
     ``opening`` says how the sources are opened. If this fails, nothing has changed, or a file that was new is gone
-    again; one that was there before is an incomplete image. Errors may arrive inside of exception groups, and name the
-    file at fault.
+    again; one that was there before is an incomplete image. Errors name the file at fault.
     """
     if options.compress:
         _check_compression(target)

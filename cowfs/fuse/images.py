@@ -24,6 +24,7 @@ from cowfs.jobs.control import JobControl, Neighbour
 from cowfs.jobs.trace import Tracer
 from cowfs.storage import host, is_remote, parse_address
 from cowfs.storage.file import file_identity
+from cowfs.storage.nursery import side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -204,11 +205,11 @@ class Served:
         # what goes on behind a disk ends after its jobs, which need it until they have tidied up
         background = trio.CancelScope(shield=True)
         try:
-            async with trio.open_nursery() as outer:
+            async with side_by_side() as outer:
                 try:
                     await outer.start(self._run_disk, background)
                     with self._scope:
-                        async with trio.open_nursery() as nursery:
+                        async with side_by_side() as nursery:
                             self.jobs = JobControl(self.disk, nursery, neighbours)
                             self.jobs.vet = self._opening.vet
                             self.jobs.on_change = self._settle_copy_on_read

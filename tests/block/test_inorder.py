@@ -4,6 +4,7 @@ import pytest
 import trio
 
 from cowfs.block.inorder import in_order
+from cowfs.errors import StorageError
 
 
 async def _numbers(count: int) -> AsyncGenerator[int, None]:
@@ -77,10 +78,59 @@ async def test_the_first_error_ends_it(where: str) -> None:
         if where == "use" and result == 7:
             raise ValueError(where)
 
-    with pytest.raises(BaseException) as caught:
+    # itself, not in a group, and not what the others make of it
+    with pytest.raises(ValueError, match=rf"^{where}$"):
         await in_order(jobs(), work, use, limit=4)
-    error = caught.value
-    while parts := getattr(error, "exceptions", ()):
-        error = parts[0]
-    assert (type(error), str(error)) == (ValueError, where)
     assert closed
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("others", ["fail", "wait", "have ended"])
+async def test_the_error_of_a_worker_is_told_whatever_the_others_do(number: int, others: str) -> None:
+    """Whoever waits for the result of one that fails learns of it at the same moment as the nursery does."""
+    go_on, waiting = trio.Event(), trio.Event()
+
+    async def work(job: int) -> int:
+        if job == number:
+            await go_on.wait()
+            raise StorageError("the first", errno=5, file="source")
+        if others == "fail":
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise StorageError("of a cancellation", errno=5, file="other")
+        if others == "wait":
+            await trio.sleep_forever()
+        return job
+
+    async def use(_: int) -> None:
+        if others == "have ended" and number == 0:
+            raise AssertionError("nothing comes before the first")
+        await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            with pytest.raises(StorageError, match=r"^source: the first$"):
+                await in_order(_numbers(8), work, use, limit=4)
+            waiting.set()
+
+        nursery.start_soon(run)
+        await trio.testing.wait_all_tasks_blocked()
+        go_on.set()
+        await waiting.wait()
+
+
+async def test_a_cancellation_stays_one() -> None:
+    with trio.CancelScope() as scope:
+
+        async def work(_: int) -> int:
+            await trio.lowlevel.checkpoint()
+            scope.cancel()
+            await trio.sleep_forever()
+
+        async def use(_: int) -> None:
+            raise AssertionError("there is nothing to use")
+
+        await in_order(_numbers(8), work, use, limit=4)
+    assert scope.cancelled_caught

@@ -343,6 +343,8 @@ class Qcow2Image(TwoLevelImage):
             )
         except CorruptImage as error:
             error.file = self.storage.name
+            if place.offset + place.length > self.storage.length:
+                error.message = "a compressed cluster reaches beyond the end of the file, which has been cut short"
             raise
         self._unpacked[extent.host_offset] = data
         while len(self._unpacked) * self.cluster_size > UNPACKED_BYTES and len(self._unpacked) > 1:
