@@ -24,18 +24,23 @@ from cowfs.block.layer import Layer
 from cowfs.errors import CowfsError, StorageError
 from cowfs.jobs.job import Job, OnError, State
 from cowfs.storage.file import FileStorage, sync_directory
+from cowfs.storage.names import derived_name
 
 log = logging.getLogger(__name__)
 
 #: what the journal's name has behind that of the active layer's file
 SUFFIX = ".cowfs-job"
-#: the same, while it is being written
-NEW_SUFFIX = SUFFIX + ".new"
+#: what the name of a file has behind it that is being written, and then takes the place of another
+WRITTEN_SUFFIX = ".new"
+#: that of the journal, while it is being written
+NEW_SUFFIX = SUFFIX + WRITTEN_SUFFIX
 #: bytes; a larger file is none of ours
 MAX_BYTES = 64 << 10
 _VERSION = "1"
 _VERBS = ("stream", "commit")
 _NO_RESTART = "will not go on after a restart"
+#: there can be no file of a name that is too long for the file system, or as a path
+_NOT_THERE = (errno.ENOENT, errno.ENAMETOOLONG)
 _PIVOTS = ("no", "yes", "wait")
 
 
@@ -177,7 +182,7 @@ def layer_name(layer: Layer) -> str:
 
 def journal_of(active: Layer) -> str | None:
     """Return where the journal of a disk with this active layer is; None where there can be none."""
-    return layer_name(active) + SUFFIX if isinstance(active.storage, FileStorage) else None
+    return derived_name(layer_name(active), SUFFIX) if isinstance(active.storage, FileStorage) else None
 
 
 def read_journal(path: str) -> Entry | None:
@@ -188,7 +193,7 @@ def read_journal(path: str) -> Entry | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+        if error.errno in _NOT_THERE:
             return None
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise CowfsError("is no regular file", file=path) from error
@@ -230,7 +235,7 @@ def write_journal(path: str, entry: Entry) -> None:
     data = entry.render()
     if len(data) > MAX_BYTES:
         raise CowfsError(f"would have more than {MAX_BYTES} bytes", file=path)
-    new = path.removesuffix(SUFFIX) + NEW_SUFFIX
+    new = derived_name(path, WRITTEN_SUFFIX)
     with _reported(path, "cannot write"):
         if not stat.S_ISREG(os.stat(entry.file).st_mode):  # noqa: PTH116
             raise CowfsError("is no regular file, which could have a journal beside it", file=entry.file)
@@ -265,13 +270,15 @@ def remove_journal(path: str) -> None:
 
 def forget_jobs(file: str) -> None:
     """Take away what says that a job is to go on with an image of this name: it was another image. Blocks."""
-    remove_journal(os.path.realpath(file) + SUFFIX)
+    remove_journal(derived_name(os.path.realpath(file), SUFFIX))
 
 
 def _unlink(path: str) -> bool:
     try:
         os.unlink(path)  # noqa: PTH108
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
         return False
     return True
 

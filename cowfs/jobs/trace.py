@@ -12,13 +12,11 @@ from cowfs.block.disk import Disk
 from cowfs.block.trace import MAX_BYTES, Recording, Trace
 from cowfs.errors import Busy, CowfsError, StorageError, UsageError
 from cowfs.formats.chain import Vet
-from cowfs.jobs.journal import write_new
+from cowfs.jobs.journal import WRITTEN_SUFFIX, write_new
 from cowfs.storage import host, sync_directory
+from cowfs.storage.names import derived_name
 
 log = logging.getLogger(__name__)
-
-#: what a trace's name has behind it while it is being replaced
-NEW_SUFFIX = ".new"
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def _make(path: str, data: bytes) -> None:
 
 
 def _replace(path: str, data: bytes) -> None:
-    new = path + NEW_SUFFIX
+    new = derived_name(path, WRITTEN_SUFFIX)
     try:
         write_new(new, data)
         try:

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from commandline import cowfs, ok, qemu_img, qemu_io, refusal
 
+from cowfs.jobs.journal import SUFFIX
+from cowfs.storage.names import derived_name
+
 
 def _qemu_facts(image: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(ok(qemu_img("info", "--output=json", image)))
@@ -39,6 +42,30 @@ def test_a_new_image_has_no_job_to_go_on_with(tmp_path: Path) -> None:
     assert journal.exists()
     ok(cowfs("create", "-q", "-f", "qcow2", "new", "1M", cwd=tmp_path))
     assert not journal.exists()
+
+
+#: names of as many bytes, up to the most that there can be
+LONG = [*(f"{'n' * length}" for length in (241, 242, 245, 246, 255)), "ä" * 127, "€" * 85, "😀" * 63 + "nnn"]
+
+
+@pytest.mark.parametrize("name", LONG, ids=lambda name: f"{name[0]}-{len(name.encode())}")
+def test_a_name_may_be_as_long_as_the_host_allows(tmp_path: Path, name: str) -> None:
+    journal = Path(derived_name(f"{tmp_path}/{name}", SUFFIX))
+    journal.write_text("of an image that had this name before")
+    ok(cowfs("create", "-q", "-f", "qcow2", name, "1M", cwd=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    ok(qemu_img("check", tmp_path / name))
+    for words in (["resize", name, "+1M"], ["snapshot", "-c", "s", name], ["check", name], ["info", name]):
+        assert cowfs(*words, cwd=tmp_path).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("over", ["name", "path"])
+def test_a_name_that_is_longer_is_refused_and_leaves_nothing(tmp_path: Path, over: str) -> None:
+    name = "n" * 256 if over == "name" else "/".join(["n"] * 2049)
+    sentence = refusal(cowfs("create", "-f", "qcow2", name, "1M", cwd=tmp_path))
+    assert sentence == f"{name}: cannot open: File name too long"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_raw_is_the_default_and_quiet_is_quiet(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from commandline import cowfs, ok, qemu_img, qemu_io
 from imagetools import assert_clean, qemu_check
 from mounting import Mounted, Mounts, shell, wait_for, wait_for_end
 
+from cowfs.jobs.journal import SUFFIX
+from cowfs.storage.names import derived_name
+
 pytestmark = pytest.mark.needs("root", "fuse", "qemu-img", "qemu-io")
 
 MIB = 1 << 20
@@ -119,6 +122,34 @@ def test_a_job_goes_on_by_itself(mount: Mounts, image: Image, verb: str, how: st
         assert image.base.read_bytes() == image.model
     mounted = mount(f"d={image.path}", point=mounted.point)
     assert mounted.job("d", verb)["state"] == "none"
+
+
+@pytest.mark.parametrize("letter", ["n", "ä"])
+@pytest.mark.parametrize("verb", ["stream", "commit"])
+def test_a_job_goes_on_whatever_the_length_of_its_image_s_name(
+    mount: Mounts, image: Image, verb: str, letter: str, tmp_path: Path
+) -> None:
+    name = letter * (255 // len(letter.encode()))
+    image.path = image.path.rename(image.path.with_name(name))
+    mounted = mount(f"d={image.path}")
+    begin(mounted, verb)
+    # steered too, which writes the journal anew
+    command(mounted, verb, "speed=2M", "pause")
+    assert mounted.job("d", verb)["resumes"] == "yes"
+    end(mounted, "SIGKILL")
+    assert Path(derived_name(str(image.path), SUFFIX)).exists()
+    mounted = mount("-o", f"log={tmp_path}/log", f"d={image.path}", point=mounted.point)
+    facts = mounted.job("d", verb)
+    assert (facts["state"], facts["speed"], facts["resumes"]) == ("paused", str(2 * MIB), "yes")
+    command(mounted, verb, "resume")
+    finish(mounted, verb)
+    mounted.umount()
+    wait_for_end(mounted.process)
+    assert {path.name for path in image.path.parent.iterdir()} == {name, image.base.name, "d.flat"}
+    assert_clean(image.path)
+    flat = image.base.with_name("flat")
+    ok(qemu_img("convert", "-f", "qcow2", "-O", "raw", image.path, flat))
+    assert flat.read_bytes() == image.model
 
 
 @pytest.mark.parametrize("verb", ["stream", "commit"])
