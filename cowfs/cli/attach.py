@@ -5,8 +5,12 @@ from pathlib import Path
 
 import click
 
-from cowfs.cli.live import require_live
+from cowfs.cli.live import Live, require_live
 from cowfs.cli.loops import find_partitions, losetup
+from cowfs.cli.streams import tell
+
+#: bytes; the unit of sizes in sysfs
+SECTOR = 512
 
 
 @click.command()
@@ -27,7 +31,18 @@ def command(path: str) -> None:
     (device,) = losetup(live, "--find", "--partscan", "--show", "--direct-io=on", *read_only, live.path)
     try:
         find_partitions(live, device)
+        _warn_of_rest(live, device)
+        # nobody would know what to detach
+        click.echo(device)
     except BaseException:
         losetup(live, "--detach", device)
         raise
-    click.echo(device)
+
+
+def _warn_of_rest(live: Live, device: str) -> None:
+    """Say what a loop device, which has whole sectors, does not show of a disk."""
+    shown = int(Path("/sys/block", Path(device).name, "size").read_text()) * SECTOR
+    rest = Path(live.path).stat().st_size - shown
+    if rest:
+        lack = f"has whole sectors, and does not show the last {rest} bytes of the disk"
+        tell(f"cowfs: {live.path}: warning: {device} {lack}", err=True)

@@ -15,6 +15,7 @@ from cowfs.cli.options import (
     output_options,
     quiet_option,
 )
+from cowfs.cli.streams import tell
 from cowfs.formats.chain import Opening, open_image
 
 CORRUPT = 2
@@ -57,14 +58,14 @@ def command(file: str, format: str | None, opening: Opening, repair: str | None,
     """
     result = trio.run(_check, file, format, opening, Repair(repair or "none"))
     if result is None:
-        click.echo(f"cowfs: {file}: this format has nothing that could be checked", err=True)
+        tell(f"cowfs: {file}: this format has nothing that could be checked", err=True)
         return NOT_SUPPORTED
     image_format, found = result
     if not quiet:
         for message in found.messages:
-            click.echo(message, err=True)
+            tell(message, err=True)
         if found.omitted:
-            click.echo(f"... and {found.omitted} more", err=True)
+            tell(f"... and {found.omitted} more", err=True)
     if output == "json":
         click.echo(json.dumps(_facts(file, image_format, found), indent=4))
     elif not quiet:

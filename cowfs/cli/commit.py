@@ -7,6 +7,7 @@ from cowfs.cli.jobs import offline_policy, on_error_option, run_offline
 from cowfs.cli.live import find_live
 from cowfs.cli.livejobs import layer_number, run_live
 from cowfs.cli.options import cache_option, parse_size_for, quiet_option
+from cowfs.cli.streams import tell
 from cowfs.errors import UsageError
 from cowfs.formats.chain import find_layer
 from cowfs.jobs.commit import Commit, Pivot
@@ -104,7 +105,7 @@ def command(
 
     code = run_offline(file, format, make, quiet=quiet)
     if not quiet:
-        click.echo("Image committed.")
+        tell("Image committed.")
     return code
 
 

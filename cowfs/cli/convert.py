@@ -7,6 +7,7 @@ from cowfs.block.copying import PARALLEL, CopyOptions
 from cowfs.cli.creation import (
     asks_for_help,
     creation_options,
+    explaining_disks,
     list_options,
     parse_options,
     split_options,
@@ -130,7 +131,8 @@ def command(
     meter = Meter("convert", shown=progress and not quiet)
     try:
         inputs = [Source(file, format, shown) for file in sources]
-        trio.run(convert, inputs, target, copying, meter.show, opening)
+        with explaining_disks(name):
+            trio.run(convert, inputs, target, copying, meter.show, opening)
     finally:
         meter.end()
 

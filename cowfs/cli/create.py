@@ -7,8 +7,17 @@ import click
 import trio
 
 from cowfs.block.image import Backing
-from cowfs.cli.creation import asks_for_help, creation_options, list_options, parse_options, split_options, take_backing
+from cowfs.cli.creation import (
+    asks_for_help,
+    creation_options,
+    explaining_disks,
+    list_options,
+    parse_options,
+    split_options,
+    take_backing,
+)
 from cowfs.cli.options import parse_size_for, quiet_option
+from cowfs.cli.streams import tell
 from cowfs.errors import UsageError
 from cowfs.formats.create import create_image
 from cowfs.formats.registry import format_named
@@ -64,11 +73,12 @@ def command(
     if size is not None and "size" in chosen:
         raise UsageError("the size is given twice", file=file)
     wanted = parse_size_for(file, chosen.pop("size", size))
-    made = trio.run(partial(create_image, file, format, wanted, link, chosen, trust_backing=unsafe))
+    with explaining_disks(file):
+        made = trio.run(partial(create_image, file, format, wanted, link, chosen, trust_backing=unsafe))
     if not is_remote(file):
         forget_jobs(file)
     if not quiet:
-        click.echo(_summary(file, format, made, link, chosen))
+        tell(_summary(file, format, made, link, chosen))
 
 
 def _summary(file: str, format: str, size: int, backing: Backing | None, options: Mapping[str, str]) -> str:

@@ -1,12 +1,15 @@
 """What the commands share that make images: creation options, backing files."""
 
+import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
 from cowfs.block.image import Backing
-from cowfs.errors import UsageError
+from cowfs.cli.live import find_live
+from cowfs.errors import StorageError, UsageError
 from cowfs.formats.registry import Format
 
 creation_options = click.option(
@@ -44,6 +47,23 @@ def take_backing(file: str, name: str | None, format: str | None, options: dict[
     if formats and not names:
         raise UsageError("a backing format makes no sense without a backing file", file=file)
     return Backing(names[0], formats[0] if formats else None) if names else None
+
+
+@contextmanager
+def explaining_disks(file: str) -> Iterator[None]:
+    """Say what there is to do if an image cannot be made since its file is to be one of a mount."""
+    try:
+        yield
+    except StorageError as error:
+        if error.errno != errno.EPERM or error.file != file:
+            raise
+        live = find_live(file)
+        if live is None:
+            raise
+        raise UsageError(
+            f"is a disk of the mount {live.mount_point}, and cannot be made anew; 'cowfs convert -n' writes into it",
+            file=file,
+        ) from error
 
 
 def list_options(format: Format) -> None:

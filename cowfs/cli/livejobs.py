@@ -5,11 +5,10 @@ import select
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import click
-
 from cowfs.cli.jobs import INTERVAL, outcome
 from cowfs.cli.live import Live
 from cowfs.cli.progress import Display, progress_display
+from cowfs.cli.streams import tell
 from cowfs.errors import NotFound, UsageError
 from cowfs.formats.chain import named_files
 from cowfs.jobs.job import State
@@ -34,12 +33,12 @@ def follow(live: Live, verb: str, *, quiet: bool, until_ready: bool = True) -> i
         with progress_display(verb, quiet=quiet) as display:
             facts = _watch(live, verb, display, until_ready=until_ready)
     except KeyboardInterrupt:
-        click.echo(_steering(live, verb))
+        tell(_steering(live, verb))
         return INTERRUPTED
     if facts["state"] == State.READY.value:
         if not quiet:
             ready = f"The {verb} job is ready, and goes on with what is written"
-            click.echo(f"{ready}; have it finish with 'cowfs job {live.path} complete', end it with 'cancel'.")
+            tell(f"{ready}; have it finish with 'cowfs job {live.path} complete', end it with 'cancel'.")
         return None
     return outcome(verb, facts, live.path)
 

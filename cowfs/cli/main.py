@@ -15,6 +15,7 @@ from typing import NamedTuple
 import click
 
 from cowfs import __version__
+from cowfs.cli.streams import discard, prepare, tell
 from cowfs.errors import CowfsError, first_error
 
 #: exit code after Ctrl-C, as shells report it
@@ -95,10 +96,8 @@ def group() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command line, that of the process by default; the exit code."""
+    prepare()
     arguments = _from_mount_helper(list(sys.argv[1:] if args is None else args))
-    if hasattr(sys.stdout, "reconfigure"):
-        # names that are no text in this locale come out as they went in
-        sys.stdout.reconfigure(errors="surrogateescape")
     entry = COMMANDS.get(next((word for word in arguments if not word.startswith("-")), ""), _UNKNOWN)
     try:
         code = _invoke(arguments)
@@ -134,7 +133,7 @@ def _report(error: BaseException, entry: Entry) -> int:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        _discard_output()
+        discard(1)
     elif isinstance(error, CowfsError):
         _complain(str(error))
     elif isinstance(error, click.ClickException):
@@ -160,7 +159,7 @@ def _complain(text: str) -> None:
     from cowfs.storage.remote.address import without_credentials
 
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in without_credentials(text))
-    click.echo(f"cowfs: {line}", err=True)
+    tell(f"cowfs: {line}", err=True)
 
 
 def _flush_output() -> None:
@@ -169,13 +168,6 @@ def _flush_output() -> None:
         try:
             sys.stdout.flush()
         except OSError as error:
-            _discard_output()
+            discard(sys.stdout.fileno())
             error.filename = "standard output"
             raise
-
-
-def _discard_output() -> None:
-    """Give what is still buffered a place to go, so that the interpreter does not fail on it at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)

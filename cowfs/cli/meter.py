@@ -2,7 +2,7 @@
 
 import sys
 
-import click
+from cowfs.cli.streams import tell
 
 
 class Meter:
@@ -22,14 +22,14 @@ class Meter:
         if self._bar is not None:
             self._bar.show(percent)
         else:
-            click.echo(f"    ({percent}.00/100%)\r", nl=False)
+            tell(f"    ({percent}.00/100%)\r", newline=False)
 
     def end(self) -> None:
         """Go on to the next line."""
         if self._bar is not None:
             self._bar.end()
         elif self._shown:
-            click.echo()
+            tell()
 
 
 class _Bar:

@@ -7,10 +7,9 @@ import getopt
 import sys
 from collections.abc import Sequence
 
-import click
-
 from cowfs.cli.main import INTERRUPTED
 from cowfs.cli.main import main as run
+from cowfs.cli.streams import prepare, tell
 
 #: exit codes of mount(8)
 _USAGE, _USER_INTERRUPT, _FAILURE = 1, 8, 32
@@ -38,5 +37,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _refuse(sentence: str) -> int:
-    click.echo(f"mount.cowfs: {sentence}", err=True)
+    prepare()
+    tell(f"mount.cowfs: {sentence}", err=True)
     return _USAGE

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Protocol
 
-import click
-
+from cowfs.cli.streams import tell
 from cowfs.units import format_size
 
 #: seconds between plain lines
@@ -43,7 +42,7 @@ class _Lines:
             line += f", {format_size(int(facts['rate']))}/s"
         if facts["eta"]:
             line += f", {facts['eta']} s left"
-        click.echo(line)
+        tell(line)
 
 
 class _Bar:

@@ -5,6 +5,7 @@ import trio
 
 from cowfs.cli.live import Live, find_live
 from cowfs.cli.options import quiet_option
+from cowfs.cli.streams import tell
 from cowfs.errors import NotPermitted, UsageError
 from cowfs.formats.chain import open_disk
 from cowfs.units import parse_new_size
@@ -47,7 +48,7 @@ def command(file: str, format: str | None, shrink: bool, quiet: bool, size: str)
         error.file = error.file or file
         raise
     if not quiet:
-        click.echo("Image resized.")
+        tell("Image resized.")
 
 
 def _resize_live(live: Live, size: str, shrink: bool) -> None:

@@ -14,10 +14,11 @@ from cowfs.block.layer import Layer
 from cowfs.block.merged import require_unmerged
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.block.snapshots import SnapshotKey
-from cowfs.errors import CowfsError, InvalidImage, NotFound, NotPermitted, Unsupported, UsageError, blaming
+from cowfs.errors import Busy, CowfsError, InvalidImage, NotFound, NotPermitted, Unsupported, UsageError, blaming
 from cowfs.formats.datafile import data_path
 from cowfs.formats.registry import format_named, open_guessed
 from cowfs.storage import DEFAULT_NETWORK, Network, Storage, host, is_remote, open_storage, parse_address, shown
+from cowfs.storage.file import file_identity
 from cowfs.storage.nbd.address import Address as NbdAddress
 from cowfs.storage.nbd.address import require_absolute
 from cowfs.storage.nbd.jsonname import PREFIX, parse_json_name
@@ -25,6 +26,7 @@ from cowfs.storage.nbd.jsonname import PREFIX, parse_json_name
 #: layers; a longer chain is taken for a mistake
 MAX_DEPTH = 256
 
+_RETURN = "the chain of backing files comes back to this file"
 _PROTOCOL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):")
 
 #: looks at a file's name before it is opened
@@ -139,7 +141,7 @@ async def open_chain(
             layers.append(Layer(image))
             for storage in image.storages:
                 if storage.identity in seen:
-                    raise InvalidImage("the chain of backing files comes back to this file", file=storage.name)
+                    raise InvalidImage(_RETURN, file=storage.name)
                 seen.add(storage.identity)
             if len(layers) > MAX_DEPTH:
                 raise InvalidImage(f"the chain has more than {MAX_DEPTH} layers", file=name)
@@ -159,9 +161,20 @@ async def _open_member(source: Source, above: list[Layer], opening: Opening, *, 
     try:
         return await open_image(source.name, source.format, writable=writable, opening=opening)
     except CowfsError as error:
+        if isinstance(error, Busy):
+            await _refuse_return(error, above)
         if above:
             error.message += f" (backing file of {above[-1].name})"
         raise
+
+
+async def _refuse_return(error: Busy, above: list[Layer]) -> None:
+    """Raise `InvalidImage` if what is said to be in use is in use by the very chain that leads to it."""
+    if error.file is None:
+        return
+    identity = await host.ask(file_identity, error.file, file=error.file)
+    if any(storage.identity == identity for layer in above for storage in layer.storages):
+        raise InvalidImage(_RETURN, file=error.file) from error
 
 
 async def open_disk(

@@ -130,7 +130,8 @@ class FileStorage(Storage):
             _refuse_odd_kinds(name, fd)
             _lock(fd, name, writable=True)
             if stat.S_ISREG(os.fstat(fd).st_mode):
-                os.ftruncate(fd, 0)
+                with _reported(name, "cannot be emptied"):
+                    os.ftruncate(fd, 0)
             return cls(name, fd, read_only=False, locking=True)
         except BaseException:
             os.close(fd)

@@ -150,4 +150,4 @@ def test_output_that_cannot_be_written_is_an_error() -> None:
         result = subprocess.run(
             [sys.executable, "-m", "cowfs", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert (result.returncode, result.stderr) == (1, "cowfs: No space left on device\n")
+    assert (result.returncode, result.stderr) == (1, "cowfs: standard output: No space left on device\n")
