@@ -11,7 +11,7 @@ from cowfs.errors import Unsupported, UsageError
 from cowfs.formats.chain import Opening, backing_name, open_image
 from cowfs.formats.create import create_image, remove_image
 from cowfs.formats.registry import format_named
-from cowfs.storage import is_remote
+from cowfs.storage import is_json_name, is_remote, local_path
 
 
 async def put_overlay(disk: Disk, file: str, format: str, opening: Opening) -> None:
@@ -47,11 +47,11 @@ def path_beside(active: Layer, file: str) -> str:
 
     Raises `Unsupported`, or `UsageError`.
     """
-    if is_remote(file):
+    if is_remote(file) or is_json_name(file):
         raise Unsupported("cannot be made: a server makes no exports for others", file=file)
     if is_remote(active.name) and not file.startswith("/"):
         raise UsageError(f"lies beside no file, as {active.name} is none; write the whole path", file=file)
-    return os.path.join(os.path.dirname(active.name), file)  # noqa: PTH118, PTH120
+    return os.path.join(os.path.dirname(local_path(active.name) or ""), file)  # noqa: PTH118, PTH120
 
 
 async def require_new(path: str, opening: Opening) -> None:

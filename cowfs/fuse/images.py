@@ -12,8 +12,9 @@ import trio
 
 from cowfs.block.detectzeroes import ZeroDetector, detecting
 from cowfs.block.disk import Disk
-from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
+from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError, blaming
 from cowfs.formats.chain import Opening, open_disk, remember_base
+from cowfs.formats.jsonname import absolute_name, resolve_name
 from cowfs.formats.overlay import path_beside, put_overlay, require_new
 from cowfs.fuse.descriptors import require_room, too_many
 from cowfs.fuse.lostwrites import LostWrites
@@ -21,7 +22,7 @@ from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
 from cowfs.jobs.trace import Tracer
-from cowfs.storage import is_remote, parse_address
+from cowfs.storage import is_json_name, is_remote, local_path, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +45,30 @@ class Source(NamedTuple):
     def parse(cls, text: str) -> "Source":
         """Read ``[NAME=]PATH``; a text that is the path of something that exists is just that."""
         name, sign, path = text.partition("=")
-        if not sign or "/" in name or is_remote(text) or os.path.lexists(text):
+        if not sign or "/" in name or is_json_name(text) or is_remote(text) or os.path.lexists(text):
             return cls(text)
         return cls(path, name)
 
     def absolute(self) -> "Source":
         """Return the same for a server, whose working directory is /."""
+        if is_json_name(self.path):
+            return self._resolved(absolute_name)
         if is_remote(self.path):
             return self._replace(path=parse_address(self.path).absolute().uri)
         return self._replace(path=str(Path(self.path).absolute())) if self.path else self
+
+    def resolved(self) -> "Source":
+        """Return the same without a ``json:`` name of a format, and with an absolute path in one of anything else."""
+        found = self._resolved(lambda name: name)
+        path = local_path(found.path)
+        if path is not None and is_json_name(self.path) and not path.startswith("/"):
+            raise UsageError(f"'{path}' is no absolute path; the server's working directory is /", file=self.path)
+        return found
+
+    def _resolved(self, change: Callable[[str], str]) -> "Source":
+        with blaming(self.path):
+            name, format = resolve_name(self.path, self.format)
+        return self._replace(path=change(name), format=format)
 
 
 def default_name(path: str) -> str:
@@ -60,7 +76,7 @@ def default_name(path: str) -> str:
     if is_remote(path):
         address = parse_address(path)
         path = address.export or address.server
-    return Path(path).stem
+    return Path(local_path(path) or path).stem
 
 
 def check_name(name: str, taken: frozenset[str] = RESERVED) -> None:
@@ -258,7 +274,12 @@ class Mount:
         self.settings = settings
         self.images: dict[str, Served] = {}
         self._opening = Opening(
-            settings.cache_size, self._refuse_inside, settings.locking, settings.accept_base, settings.network
+            settings.cache_size,
+            self._refuse_inside,
+            settings.locking,
+            settings.accept_base,
+            settings.network,
+            from_here=False,
         )
         self.error = ""
         self.changes = Changes()
@@ -305,9 +326,10 @@ class Mount:
         self.changes.happened()
 
     async def _open(self, source: Source) -> Served:
-        path = source.path
-        if not path:
+        if not source.path:
             raise UsageError("there is no file name")
+        source = source.resolved()
+        path = source.path
         name = default_name(path) if source.name is None else source.name
         check_name(name, self._taken)
         if name in self.images:
@@ -385,7 +407,7 @@ class Mount:
         """Name the disk of this mount that a file which cannot be locked is part of, if it is of any."""
         for other in self.images.values():
             storages = [storage for layer in other.disk.layers for storage in layer.storages]
-            names = [storage.name for storage in storages if not storage.is_remote]
+            names = [path for storage in storages if (path := local_path(storage.name)) is not None]
             if error.file is not None and any(os.path.samefile(error.file, name) for name in names):  # noqa: PTH121
                 error.message = _CLASH.format(other.name)
                 return
@@ -438,7 +460,7 @@ class Mount:
         if first.disk.layers[0].storage.is_remote:
             return _full(first.disk.size), largest
         try:
-            state = await trio.to_thread.run_sync(os.statvfs, first.file)
+            state = await trio.to_thread.run_sync(os.statvfs, local_path(first.file) or first.file)
         except OSError as error:
             raise StorageError.from_os(error, file=first.file, doing="cannot tell the free space") from error
         return state, largest
