@@ -305,14 +305,3 @@ def require_storable(name: str) -> None:
     """
     if not is_json_name(name) and shown(name) != name:
         parse_address(name)
-
-
-def backing_name(name: str, above: str) -> str:
-    """Return how an image calls its backing file: by its name in the same directory, absolutely elsewhere."""
-    if is_remote(name) or is_json_name(name):
-        return name
-    folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100
-    if os.path.realpath(folder) == os.path.realpath(os.path.dirname(above)):  # noqa: PTH120
-        # what stands before a colon would be taken for a protocol
-        return f"./{base}" if ":" in base else base
-    return os.path.join(folder, base)  # noqa: PTH118

@@ -13,16 +13,17 @@ import trio
 from cowfs.block.detectzeroes import ZeroDetector, detecting
 from cowfs.block.disk import Disk
 from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError, blaming
+from cowfs.formats.backingnames import BackingNames
 from cowfs.formats.chain import Opening, open_disk, remember_base
 from cowfs.formats.jsonname import absolute_name, resolve_name
-from cowfs.formats.overlay import path_beside, put_overlay, require_new
+from cowfs.formats.overlay import NewLayer, path_beside, put_overlay, require_new
 from cowfs.fuse.descriptors import require_room, too_many
 from cowfs.fuse.lostwrites import LostWrites
 from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
 from cowfs.jobs.trace import Tracer
-from cowfs.storage import is_json_name, is_remote, local_path, parse_address
+from cowfs.storage import Storage, is_json_name, is_remote, local_path, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ class Served:
         self.guest_disk: Disk | ZeroDetector = disk
         #: whether truncate(2) may make it smaller
         self.allow_shrink = False
+        #: what names jobs and snapshots record that are not told otherwise
+        self.backing_names = BackingNames.KEEP
+        self._neighbours: Callable[[], list[Neighbour]] = list
         self._opening = opening
         self._resume_jobs = resume_jobs
         self.jobs: JobControl
@@ -190,14 +194,22 @@ class Served:
         await self.disk.flush()
         self.lost.require_none()
 
-    async def put_overlay(self, file: str, format: str) -> None:
-        """Make a new image the active layer; see `cowfs.formats.overlay.put_overlay`."""
+    async def put_overlay(
+        self, file: str, format: str, *, reuse: bool = False, names: BackingNames | None = None
+    ) -> None:
+        """Make a new or prepared image the active layer; see `cowfs.formats.overlay.NewLayer`."""
+        new = NewLayer(file, format, reuse, names or self.backing_names)
         with self.jobs.kept_out("a snapshot is being made"):
             active = self.disk.layers[0]
-            await put_overlay(self.disk, file, format, self._opening)
-            # if one was left alone, it is of no disk any more
-            await self.jobs.drop_journal(active)
+            await put_overlay(self.disk, new, self._opening, self._used_by_others)
+            # what one was left alone, or was made in the place of an older one, is of no disk any more
+            for layer in (active, self.disk.layers[0]):
+                await self.jobs.drop_journal(layer)
         self.changes.happened()
+
+    def _used_by_others(self) -> list[Storage]:
+        layers = [layer for neighbour in self._neighbours() for layer in neighbour.disk.layers]
+        return [storage for layer in layers for storage in layer.storages]
 
     async def record(self, file: str) -> None:
         """Record what reads fetch from below into a new file; see `Tracer.start`."""
@@ -225,6 +237,8 @@ class Served:
                         async with trio.open_nursery() as nursery:
                             self.jobs = JobControl(self.disk, nursery, neighbours)
                             self.jobs.vet = self._opening.vet
+                            self.jobs.names = self.backing_names
+                            self._neighbours = neighbours
                             self.jobs.on_change = self._settle_copy_on_read
                             self._running = True
                             await self._take_up_job()
@@ -350,6 +364,7 @@ class Mount:
         served = Served(name, disk, self._opening, resume_jobs=self.settings.resume_jobs)
         served.guest_disk = detecting(disk, self.settings.detect_zeroes)
         served.allow_shrink = self.settings.allow_shrink
+        served.backing_names = self.settings.backing_names
         served.truncate = lambda size: self.truncate(served, size)
         served.discard = lambda offset, length: self.discard(served, offset, length)
         served.launder = self._launder
