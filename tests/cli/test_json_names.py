@@ -194,6 +194,21 @@ def test_parts_of_one_file_make_a_chain(tmp_path: Path) -> None:
     assert len(json.loads(ok(cowfs("info", "--json", "--backing-chain", name)))) == 2
 
 
+def test_what_changes_beside_a_base_does_not_matter(files: dict[str, str], tmp_path: Path) -> None:
+    holder, top = Path(files["HOLDER"]), tmp_path / "top.qcow2"
+    base = f'json:{{"driver":"raw","offset":4096,"size":{MIB},"file.filename":"{holder}"}}'
+    ok(cowfs("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top))
+    for offset, changes in ((0, False), (4096 + MIB, False), (4096, True)):
+        with holder.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"changed!")
+        os.utime(holder, (1, 1))
+        if changes:
+            assert "its content is another" in refusal(cowfs("map", top))
+        else:
+            ok(cowfs("map", top))
+
+
 @pytest.mark.needs("qemu-nbd")
 def test_a_part_of_an_export(servers: Servers, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
