@@ -10,6 +10,7 @@ import os.path
 
 from cowfs.block.layer import Layer
 from cowfs.errors import Stale, Unsupported
+from cowfs.storage import local_path
 
 _MARK = "merged by a commit"
 _INTO = _MARK + " into "
@@ -30,7 +31,8 @@ async def mark_layer(layer: Layer, into: str) -> None:
     if layer.storage.read_only:
         await layer.set_writable(True)
     try:
-        await layer.set_backing(layer.backing._replace(name=_INTO + os.path.basename(into)))  # noqa: PTH119
+        name = os.path.basename(local_path(into) or into)  # noqa: PTH119
+        await layer.set_backing(layer.backing._replace(name=_INTO + name))
     except Unsupported:
         # no room in the header for that much
         await layer.set_backing(layer.backing._replace(name=_MARK))

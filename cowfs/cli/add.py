@@ -27,9 +27,9 @@ def command(mount_point: str, images: tuple[str, ...], format: str | None, read_
     where = require_mount(mount_point)
     if format is not None:
         format_named(format)
-    options = [*([f"format={format}"] if format else []), *(["ro"] if read_only else [])]
     for text in images:
-        source = Source.parse(text).absolute()
+        source = Source.parse(text)._replace(format=format).absolute()
+        options = [*([f"format={source.format}"] if source.format else []), *(["ro"] if read_only else [])]
         if not source.path or source.path != source.path.rstrip() or "\n" in source.path:
             # commands are lines, and what stands around them counts for nothing
             raise UsageError("this file name cannot be written to a control file; give the file another one", file=text)

@@ -3,7 +3,7 @@
 import click
 
 from cowfs.block.disk import Disk
-from cowfs.cli.jobs import offline_policy, on_error_option, run_offline
+from cowfs.cli.jobs import backing_names_option, offline_policy, on_error_option, run_offline
 from cowfs.cli.live import find_live
 from cowfs.cli.livejobs import layer_number, run_live
 from cowfs.cli.options import cache_option, parse_size_for, quiet_option
@@ -42,6 +42,7 @@ class _Command(click.Command):
 @cache_option("-t", "--cache", "of the files")
 @click.option("--no-wait", is_flag=True, help="Return at once; the job goes on in the mount.")
 @click.option("-p", "--progress", is_flag=True, help="As in qemu-img; progress is shown anyway, unless -q is given.")
+@backing_names_option
 @on_error_option
 @quiet_option
 @click.argument("file", metavar="MOUNT/NAME|FILE")
@@ -54,6 +55,7 @@ def command(
     keep: bool,
     speed: str,
     no_wait: bool,
+    names: str | None,
     on_error: str,
     progress: bool,
     quiet: bool,
@@ -89,8 +91,9 @@ def command(
             f"{key}={layer_number(live, name)}" for key, name in (("top", top), ("base", base)) if name is not None
         ]
         keys += [] if pivot is None else [f"pivot={pivot}"]
+        keys += [] if names is None else [f"backing-names={names}"]
         return run_live(live, "commit", keys, wait=not no_wait, quiet=quiet)
-    _refuse(file, "is for disks of a mount", {"--top": top, "--pivot": pivot})
+    _refuse(file, "is for disks of a mount", {"--top": top, "--pivot": pivot, "--backing-names": names})
     if no_wait:
         raise UsageError("--no-wait needs a disk of a mount, where the job can go on", file=file)
 

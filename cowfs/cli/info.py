@@ -15,7 +15,7 @@ from cowfs.cli.snapshot_table import facts as snapshot_facts
 from cowfs.cli.snapshot_table import table
 from cowfs.errors import CowfsError
 from cowfs.formats.chain import Opening, backing_source, open_chain, open_image
-from cowfs.storage import shown
+from cowfs.storage import is_json_name, shown
 from cowfs.units import format_size
 
 
@@ -84,6 +84,9 @@ async def _facts(image: Image) -> dict[str, Any]:
 
 def _full_name(image: Image) -> str:
     assert image.backing is not None
+    if is_json_name(image.backing.name):
+        # whole as it is, as with qemu-img
+        return image.backing.name
     try:
         return backing_source(image.storage.name, image.backing).name
     except CowfsError:

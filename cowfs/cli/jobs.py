@@ -10,6 +10,7 @@ import trio
 from cowfs.block.disk import Disk
 from cowfs.cli.progress import Display, progress_display
 from cowfs.errors import CowfsError, UsageError
+from cowfs.formats.backingnames import BackingNames
 from cowfs.formats.chain import open_disk
 from cowfs.jobs.commit import Commit
 from cowfs.jobs.control import progress
@@ -26,6 +27,14 @@ on_error_option = click.option(
     type=click.Choice([policy.value for policy in OnError]),
     default=OnError.REPORT.value,
     help="What an error does to the job: end it, pause it until it is resumed, or nothing until all else is done.",
+)
+
+backing_names_option = click.option(
+    "--backing-names",
+    "names",
+    type=click.Choice([names.value for names in BackingNames]),
+    default=None,
+    help="Whether a backing file is recorded by a relative or an absolute name; as those that it replaces by default.",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from cowfs.errors import CowfsError, StorageError, UsageError
 from cowfs.fuse.mounts import FSTYPE, resolve
-from cowfs.storage import is_remote
+from cowfs.storage import is_json_name, is_remote
 from cowfs.storage.mounts import list_mounts
 
 
@@ -82,7 +82,7 @@ def find_live(path: str) -> Live | None:
 
     Raises `UsageError` for a path in a mount that is no flat file.
     """
-    if is_remote(path):
+    if is_json_name(path) or is_remote(path):
         return None
     full = resolve(path)
     mount_point = next((point for point in mount_points() if full == point or full.startswith(f"{point}/")), None)

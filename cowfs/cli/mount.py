@@ -12,7 +12,7 @@ from cowfs.fuse.logs import start_logging
 from cowfs.fuse.options import SWITCHES, VALUES, parse_options
 from cowfs.fuse.server import Request, serve
 from cowfs.fuse.stale import prepare_mount_point
-from cowfs.storage import is_remote
+from cowfs.storage import local_path
 
 
 class _MountCommand(click.Command):
@@ -54,7 +54,8 @@ def command(words: tuple[str, ...], options: tuple[str, ...], foreground: bool) 
     sources = [Source.parse(text).absolute() for text in images]
     mount_point = prepare_mount_point(directory)
     for source in sources:
-        if not is_remote(source.path) and os.path.realpath(source.path).startswith(mount_point.rstrip("/") + "/"):
+        path = local_path(source.path)
+        if path is not None and os.path.realpath(path).startswith(mount_point.rstrip("/") + "/"):
             raise UsageError(f"lies in {mount_point}, where the mount would hide it", file=source.path)
     request = Request(sources, mount_point, settings)
     start_logging(settings.log, foreground=foreground)

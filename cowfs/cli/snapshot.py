@@ -10,6 +10,7 @@ import trio
 from cowfs.block.image import Image
 from cowfs.block.layer import Layer
 from cowfs.block.snapshots import InternalSnapshot
+from cowfs.cli.jobs import backing_names_option
 from cowfs.cli.live import find_live
 from cowfs.cli.options import file_argument, force_share_option, format_option, quiet_option
 from cowfs.cli.snapshot_table import facts, table
@@ -27,6 +28,10 @@ from cowfs.formats.chain import Opening, open_image
 )
 @click.option("-a", "--apply", metavar="NAME", help="Make the disk what it was; an id counts before a name.")
 @click.option("-d", "--delete", metavar="NAME", help="Forget a snapshot.")
+@click.option(
+    "--reuse-external", is_flag=True, help="Of a mounted disk: NAME is an empty overlay that was prepared for this."
+)
+@backing_names_option
 @format_option
 @force_share_option
 @quiet_option
@@ -37,6 +42,8 @@ def command(
     create: str | None,
     apply: str | None,
     delete: str | None,
+    reuse_external: bool,
+    names: str | None,
     format: str | None,
     opening: Opening,
     quiet: bool,
@@ -48,7 +55,8 @@ def command(
     snapshot can be mounted, to be read: see the mount option snapshot=NAME.
 
     Given the flat file of a mount, -c NAME makes a snapshot outside: NAME is a new qcow2 image, beside the active
-    one unless it has a slash in it, which becomes the active layer. What was active before stays as it is.
+    one unless it has a slash in it, which becomes the active layer. What was active before stays as it is. A block
+    device is formatted; with --reuse-external, NAME is an overlay that was prepared for this.
 
     \b
     Examples:
@@ -69,8 +77,13 @@ def command(
             )
         # the server has a working directory of its own
         path = str(Path(create).absolute()) if "/" in create else create
-        live.command("snapshot", f"create {path}")
+        keys = [] if names is None else [f" backing-names={names}"]
+        keys += [" reuse-external=yes"] if reuse_external else []
+        live.command("snapshot", f"create {path}" + "".join(keys))
         return
+    for option, value in {"--reuse-external": reuse_external, "--backing-names": names}.items():
+        if value:
+            raise UsageError(f"{option} is for disks of a mount", file=file)
     if create is not None:
         now = divmod(time.time_ns(), 1_000_000_000)
         trio.run(_change, file, format, lambda image: image.create_snapshot(create, now))

@@ -6,11 +6,12 @@ import click
 import trio
 
 from cowfs.block.disk import Disk
-from cowfs.cli.jobs import offline_policy, on_error_option, run_offline
+from cowfs.cli.jobs import backing_names_option, offline_policy, on_error_option, run_offline
 from cowfs.cli.live import find_live
 from cowfs.cli.livejobs import layer_number, run_live
 from cowfs.cli.options import parse_size_for, quiet_option
 from cowfs.errors import UsageError
+from cowfs.formats.backingnames import BackingNames
 from cowfs.formats.chain import find_layer
 from cowfs.jobs.stream import Stream
 from cowfs.jobs.trace import load_trace
@@ -24,6 +25,7 @@ from cowfs.jobs.trace import load_trace
 @click.option(
     "--trace", metavar="TRACE", help="A file that 'trace' in the control directory has recorded: its parts first."
 )
+@backing_names_option
 @on_error_option
 @quiet_option
 @click.argument("file", metavar="MOUNT/NAME|FILE")
@@ -34,6 +36,7 @@ def command(
     speed: str,
     no_wait: bool,
     trace: str | None,
+    names: str | None,
     on_error: str,
     quiet: bool,
 ) -> int | None:
@@ -67,7 +70,8 @@ def command(
 
         def make(disk: Disk) -> Stream:
             kept = None if base is None else disk.layers[find_layer(disk.layers, base)]
-            return Stream(disk, base=kept, trace=first, alone=True, speed=limit, on_error=policy)
+            wanted = BackingNames(names or BackingNames.KEEP)
+            return Stream(disk, base=kept, trace=first, names=wanted, alone=True, speed=limit, on_error=policy)
 
         return run_offline(file, format, make, quiet=quiet)
     if format is not None:
@@ -75,6 +79,7 @@ def command(
     keys = [f"speed={limit}", f"on-error={on_error}"]
     if base is not None:
         keys.append(f"base={layer_number(live, base)}")
+    keys += [] if names is None else [f"backing-names={names}"]
     if trace is not None:
         if trace.split() != [trace]:
             raise UsageError("has spaces in its name, which a job cannot be told of", file=trace)

@@ -16,12 +16,23 @@ from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.block.snapshots import SnapshotKey
 from cowfs.errors import Busy, CowfsError, InvalidImage, NotFound, NotPermitted, Unsupported, UsageError, blaming
 from cowfs.formats.datafile import data_path
+from cowfs.formats.jsonname import resolve_name
 from cowfs.formats.registry import format_named, open_guessed
-from cowfs.storage import DEFAULT_NETWORK, Network, Storage, host, is_remote, open_storage, parse_address, shown
+from cowfs.storage import (
+    DEFAULT_NETWORK,
+    Network,
+    Storage,
+    host,
+    is_json_name,
+    is_remote,
+    local_path,
+    open_storage,
+    parse_address,
+    shown,
+)
 from cowfs.storage.file import file_identity
 from cowfs.storage.nbd.address import Address as NbdAddress
 from cowfs.storage.nbd.address import require_absolute
-from cowfs.storage.nbd.jsonname import PREFIX, parse_json_name
 
 #: layers; a longer chain is taken for a mistake
 MAX_DEPTH = 256
@@ -43,7 +54,9 @@ class Opening:
     it is opened, and ``vet_open`` the file that this has led to; both refuse it by raising. Without ``locking``, nobody
     is told that they are in use, nor asked.
     ``trusting`` takes backing files for what they were, although they have changed. ``network`` says how long servers
-    are waited for. ``fleeting`` takes the first file also by a link that expires, for those who record no names.
+    are waited for. ``fleeting`` takes the first file also by a link that expires, for those who record no names. With
+    ``from_here``, a relative file name inside a ``json:`` name in a header is meant from the working directory, as with
+    QEMU; else, where nobody knows what that is, it is refused.
     """
 
     cache_size: int = DEFAULT_BOUND
@@ -53,11 +66,12 @@ class Opening:
     network: Network = DEFAULT_NETWORK
     fleeting: bool = False
     vet_open: VetOpen | None = None
+    from_here: bool = True
 
     async def open(self, name: str, *, writable: bool) -> Storage:
         """Open one file. Raises what opening it does, or who looks at it."""
         if self.vet is not None:
-            await self.vet(name)
+            await self.vet(local_path(name) or name)
         storage = await open_storage(
             name, writable=writable, locking=self.locking, network=self.network, fleeting=self.fleeting
         )
@@ -94,6 +108,8 @@ async def open_image(
 
     ``for_repair`` needs ``writable``, and opens what is too damaged to be written otherwise. Errors name the file.
     """
+    with blaming(name):
+        name, format = resolve_name(name, format)
     storage = await opening.open(name, writable=writable)
     try:
         opener = format_named(format).open if format else open_guessed
@@ -133,20 +149,21 @@ async def open_chain(
     Raises the first error met, after closing what was opened; a cycle is `InvalidImage`.
     """
     layers: list[Layer] = []
-    seen: set[tuple[object, ...]] = set()
+    seen: dict[tuple[object, ...], list[Storage]] = {}
     source: Source | None = Source(name, format)
     try:
         while source is not None:
             image = await _open_member(source, layers, opening, writable=writable and not layers)
             layers.append(Layer(image))
             for storage in image.storages:
-                if storage.identity in seen:
+                same = seen.setdefault(storage.identity, [])
+                if any(storage.overlaps(other) for other in same):
                     raise InvalidImage(_RETURN, file=storage.name)
-                seen.add(storage.identity)
+                same.append(storage)
             if len(layers) > MAX_DEPTH:
                 raise InvalidImage(f"the chain has more than {MAX_DEPTH} layers", file=name)
             require_unmerged(layers[-1])
-            source = backing_source(source.name, image.backing) if image.backing else None
+            source = backing_source(layers[-1].name, image.backing, opening) if image.backing else None
         if not opening.trusting:
             for above, below in pairwise(layers):
                 await require_unchanged(above, below)
@@ -250,43 +267,71 @@ def _same(first: str, second: str) -> bool:
 
 
 def _beside(file: str, name: str) -> str:
-    return os.path.join(os.path.dirname(file), name)  # noqa: PTH118, PTH120
+    return os.path.join(os.path.dirname(local_path(file) or ""), name)  # noqa: PTH118, PTH120
 
 
-def backing_source(name: str, backing: Backing) -> Source:
+def backing_source(name: str, backing: Backing, opening: Opening = PLAIN) -> Source:
     """Return what an image's backing file name stands for: relative names lie beside the image that names them.
 
-    Exports of NBD servers and objects have URIs, and QEMU has other names for exports besides. An image that comes
-    from a server may not lead to files of this host: what it takes from below could go back there. Raises `Unsupported`
-    for what is none of these, `NotPermitted`, or `InvalidImage` for a path in a URI that is not absolute.
+    Exports of NBD servers and objects have URIs, and QEMU has other names for exports and files besides. An image that
+    comes from a server may not lead to files of this host: what it takes from below could go back there. Raises
+    `Unsupported` for what is none of these, `NotPermitted`, or `InvalidImage` for a path in a URI that is not absolute.
     """
     text = backing.name
-    if text.startswith(PREFIX):
-        try:
-            address, format = parse_json_name(text)
-        except Unsupported as error:
-            raise Unsupported(f"its backing file '{text}' {error.message}", file=name) from None
-        if format is not None and backing.format not in (None, format):
-            raise InvalidImage(f"its backing file '{text}' is said to be {backing.format} too", file=name)
-        return Source(_required(address.uri, name), backing.format or format)
+    if is_json_name(text):
+        return _json_source(name, backing, opening)
     if is_remote(text):
         try:
             return Source(_required(text, name), backing.format)
         except (UsageError, Unsupported) as error:
             raise type(error)(f"its backing file '{shown(text)}' {error.message}", file=name) from None
+    path = recorded_path(text)
+    if path is None:
+        protocol = text.partition(":")[0]
+        raise Unsupported(f"its backing file '{text}' is no local file ('{protocol}')", file=name)
+    _require_local(name, text)
+    return Source(_beside(name, path), backing.format)
+
+
+def _json_source(name: str, backing: Backing, opening: Opening) -> Source:
+    text = backing.name
+    try:
+        found, format = resolve_name(text, backing.format)
+    except (UsageError, Unsupported, InvalidImage) as error:
+        raise type(error)(f"its backing file '{text}' {error.message}", file=name) from None
+    path = local_path(found)
+    if path is None:
+        return Source(_required(found, name), format)
+    _require_local(name, text)
+    if not opening.from_here and not path.startswith("/"):
+        raise InvalidImage(
+            f"its backing file '{text}' is '{path}' in whatever directory a program is started in, and a mount needs an"
+            " absolute path; 'cowfs rebase -u' gives it one",
+            file=name,
+        )
+    return Source(found, format)
+
+
+def _require_local(name: str, text: str) -> None:
     if is_remote(name):
         raise NotPermitted(f"comes from a server, and may not have the file '{text}' as its backing file", file=name)
+
+
+def recorded_path(text: str) -> str | None:
+    """Return the path that a name in a header stands for, relative ones from the image; None for any other name."""
+    if is_json_name(text) or is_remote(text):
+        return None
     if text.startswith("file:"):
-        text = text.removeprefix("file:").removeprefix("//")
-    elif (protocol := _PROTOCOL.match(text)) is not None:
-        raise Unsupported(f"its backing file '{text}' is no local file ('{protocol[1]}')", file=name)
-    return Source(_beside(name, text), backing.format)
+        return text.removeprefix("file:").removeprefix("//")
+    return None if _PROTOCOL.match(text) is not None else text
 
 
 def _required(uri: str, file: str) -> str:
     """Check the name of a backing file on a server, and return it as it is always written."""
     address = parse_address(uri)
-    return require_absolute(address, file).uri if isinstance(address, NbdAddress) else address.uri
+    if isinstance(address, NbdAddress):
+        require_absolute(address, file)
+    return uri if is_json_name(uri) else address.uri
 
 
 def require_storable(name: str) -> None:
@@ -294,16 +339,5 @@ def require_storable(name: str) -> None:
 
     Raises what `parse_address` raises.
     """
-    if shown(name) != name:
+    if not is_json_name(name) and shown(name) != name:
         parse_address(name)
-
-
-def backing_name(name: str, above: str) -> str:
-    """Return how an image calls its backing file: by its name in the same directory, absolutely elsewhere. Blocks."""
-    if is_remote(name):
-        return name
-    folder, base = os.path.split(os.path.abspath(name))  # noqa: PTH100
-    if os.path.realpath(folder) == os.path.realpath(os.path.dirname(above)):  # noqa: PTH120
-        # what stands before a colon would be taken for a protocol
-        return f"./{base}" if ":" in base else base
-    return os.path.join(folder, base)  # noqa: PTH118

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from cowfs.errors import InvalidImage, NotPermitted, Unsupported, UsageError
-from cowfs.storage import Storage, create_storage, host, is_remote, sync_directory
+from cowfs.storage import Storage, create_storage, host, is_remote, local_path, sync_directory
 
 
 def data_path(image: str, name: str) -> str:
@@ -25,14 +25,15 @@ def data_path(image: str, name: str) -> str:
     """
     if is_remote(image):
         raise NotPermitted(f"comes from a server, and may not have the file '{name}' as its data file", file=image)
-    folder = os.path.dirname(image)  # noqa: PTH120
+    file = local_path(image) or image
+    folder = os.path.dirname(file)  # noqa: PTH120
     path = os.path.join(folder, name)  # noqa: PTH118
     real, inside = os.path.realpath(path), os.path.realpath(folder)
     if not real.startswith(inside.rstrip("/") + "/"):
         raise NotPermitted(
             f"its data file '{name}' lies outside of the image's own directory, where a header may not lead", file=image
         )
-    if real == os.path.realpath(image):
+    if real == os.path.realpath(file):
         raise InvalidImage("names itself as its data file", file=image)
     if os.path.exists(real) and not stat.S_ISREG(os.stat(real).st_mode):  # noqa: PTH110, PTH116
         raise Unsupported(f"its data file '{name}' is not a regular file", file=image)

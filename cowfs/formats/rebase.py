@@ -24,7 +24,7 @@ from cowfs.block.viewers import Risk, keep_snapshots, no_content
 from cowfs.errors import InvalidImage, UsageError, blaming
 from cowfs.formats.chain import Opening, backing_source, open_chain, open_disk, open_image, require_storable
 from cowfs.formats.registry import format_named
-from cowfs.storage import host, is_remote
+from cowfs.storage import host, is_remote, local_path
 
 #: bytes of the disk whose mapping is looked up at once
 WINDOW = 1 << 30
@@ -106,9 +106,10 @@ async def _opened(name: str, disk: Disk, backing: Backing) -> AsyncIterator[Chai
 
 
 def _is_same(path: str, name: str) -> bool:
-    if is_remote(path) or is_remote(name):
+    file = local_path(name)
+    if is_remote(path) or file is None:
         return path == name
-    return os.path.exists(path) and os.path.samefile(path, name)  # noqa: PTH110, PTH121
+    return os.path.exists(path) and os.path.samefile(path, file)  # noqa: PTH110, PTH121
 
 
 class _Rebase:

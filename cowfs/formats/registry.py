@@ -10,6 +10,7 @@ from cowfs.errors import UsageError
 from cowfs.formats import qcow2, qed, raw
 from cowfs.formats.measuring import Measured
 from cowfs.storage import Storage
+from cowfs.storage.blockoptions import Check
 
 #: bytes at the start of a file that are enough to tell its format
 PROBE_BYTES = 512
@@ -51,6 +52,8 @@ class Format(NamedTuple):
     has_backing: bool
     #: whether clusters can be written packed
     packs: bool = False
+    #: options that QEMU's driver has and that mean nothing here, in ``json:`` names
+    device_options: Mapping[str, Check] = {}
 
 
 FORMATS: dict[str, Format] = {
@@ -65,6 +68,7 @@ FORMATS: dict[str, Format] = {
             qcow2.measure,
             has_backing=True,
             packs=True,
+            device_options=qcow2.DEVICE_OPTIONS,
         ),
         Format("qed", qed.open_image, qed.probe, qed.create, qed.OPTIONS, qed.measure, has_backing=True),
         Format("raw", raw.open_image, raw.probe, raw.create, raw.OPTIONS, raw.measure, has_backing=False),

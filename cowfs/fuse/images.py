@@ -12,9 +12,11 @@ import trio
 
 from cowfs.block.detectzeroes import ZeroDetector, detecting
 from cowfs.block.disk import Disk
-from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError
+from cowfs.errors import Busy, CowfsError, NotFound, NotPermitted, StorageError, UsageError, blaming
+from cowfs.formats.backingnames import BackingNames
 from cowfs.formats.chain import Opening, open_disk, remember_base
-from cowfs.formats.overlay import path_beside, put_overlay, require_new
+from cowfs.formats.jsonname import absolute_name, resolve_name
+from cowfs.formats.overlay import NewLayer, path_beside, put_overlay, require_new
 from cowfs.fuse.descriptors import require_room, too_many
 from cowfs.fuse.inside import OwnMount
 from cowfs.fuse.lostwrites import LostWrites
@@ -22,7 +24,7 @@ from cowfs.fuse.options import Settings
 from cowfs.jobs.changes import Changes
 from cowfs.jobs.control import JobControl, Neighbour
 from cowfs.jobs.trace import Tracer
-from cowfs.storage import host, is_remote, parse_address
+from cowfs.storage import Storage, host, is_json_name, is_remote, local_path, parse_address
 from cowfs.storage.file import file_identity
 from cowfs.storage.nursery import side_by_side
 
@@ -47,15 +49,30 @@ class Source(NamedTuple):
     def parse(cls, text: str) -> "Source":
         """Read ``[NAME=]PATH``; a text that is the path of something that exists is just that."""
         name, sign, path = text.partition("=")
-        if not sign or "/" in name or is_remote(text) or os.path.lexists(text):
+        if not sign or "/" in name or is_json_name(text) or is_remote(text) or os.path.lexists(text):
             return cls(text)
         return cls(path, name)
 
     def absolute(self) -> "Source":
         """Return the same for a server, whose working directory is /."""
+        if is_json_name(self.path):
+            return self._resolved(absolute_name)
         if is_remote(self.path):
             return self._replace(path=parse_address(self.path).absolute().uri)
         return self._replace(path=str(Path(self.path).absolute())) if self.path else self
+
+    def resolved(self) -> "Source":
+        """Return the same without a ``json:`` name of a format, and with an absolute path in one of anything else."""
+        found = self._resolved(lambda name: name)
+        path = local_path(found.path)
+        if path is not None and is_json_name(self.path) and not path.startswith("/"):
+            raise UsageError(f"'{path}' is no absolute path; the server's working directory is /", file=self.path)
+        return found
+
+    def _resolved(self, change: Callable[[str], str]) -> "Source":
+        with blaming(self.path):
+            name, format = resolve_name(self.path, self.format)
+        return self._replace(path=change(name), format=format)
 
 
 def default_name(path: str) -> str:
@@ -63,7 +80,7 @@ def default_name(path: str) -> str:
     if is_remote(path):
         address = parse_address(path)
         path = address.export or address.server
-    return Path(path).stem
+    return Path(local_path(path) or path).stem
 
 
 def check_name(name: str, taken: frozenset[str] = RESERVED) -> None:
@@ -84,6 +101,9 @@ class Served:
         self.guest_disk: Disk | ZeroDetector = disk
         #: whether truncate(2) may make it smaller
         self.allow_shrink = False
+        #: what names jobs and snapshots record that are not told otherwise
+        self.backing_names = BackingNames.KEEP
+        self._neighbours: Callable[[], list[Neighbour]] = list
         self._opening = opening
         self._resume_jobs = resume_jobs
         self.jobs: JobControl
@@ -177,14 +197,22 @@ class Served:
         await self.disk.flush()
         self.lost.require_none()
 
-    async def put_overlay(self, file: str, format: str) -> None:
-        """Make a new image the active layer; see `cowfs.formats.overlay.put_overlay`."""
+    async def put_overlay(
+        self, file: str, format: str, *, reuse: bool = False, names: BackingNames | None = None
+    ) -> None:
+        """Make a new or prepared image the active layer; see `cowfs.formats.overlay.NewLayer`."""
+        new = NewLayer(file, format, reuse, names or self.backing_names)
         with self.jobs.kept_out("a snapshot is being made"):
             active = self.disk.layers[0]
-            await put_overlay(self.disk, file, format, self._opening)
-            # if one was left alone, it is of no disk any more
-            await self.jobs.drop_journal(active)
+            await put_overlay(self.disk, new, self._opening, self._used_by_others)
+            # what one was left alone, or was made in the place of an older one, is of no disk any more
+            for layer in (active, self.disk.layers[0]):
+                await self.jobs.drop_journal(layer)
         self.changes.happened()
+
+    def _used_by_others(self) -> list[Storage]:
+        layers = [layer for neighbour in self._neighbours() for layer in neighbour.disk.layers]
+        return [storage for layer in layers for storage in layer.storages]
 
     async def record(self, file: str) -> None:
         """Record what reads fetch from below into a new file; see `Tracer.start`."""
@@ -212,6 +240,8 @@ class Served:
                         async with side_by_side() as nursery:
                             self.jobs = JobControl(self.disk, nursery, neighbours)
                             self.jobs.vet = self._opening.vet
+                            self.jobs.names = self.backing_names
+                            self._neighbours = neighbours
                             self.jobs.on_change = self._settle_copy_on_read
                             self._running = True
                             await self._take_up_job()
@@ -265,6 +295,7 @@ class Mount:
         self._opening = Opening(
             *(settings.cache_size, self.own.vet, settings.locking, settings.accept_base, settings.network),
             vet_open=self.own.vet_open,
+            from_here=False,
         )
         self.error = ""
         self.changes = Changes()
@@ -297,9 +328,10 @@ class Mount:
         Raises `UsageError` for names that are taken, `Busy` where two chains would write into each other's
         layers, `NotPermitted` for files inside the mount, or what opening the chain raises.
         """
-        path = source.path
-        if not path:
+        if not source.path:
             raise UsageError("there is no file name")
+        source = source.resolved()
+        path = source.path
         name = default_name(path) if source.name is None else source.name
         check_name(name, self._taken)
         if name in self.images:
@@ -352,6 +384,7 @@ class Mount:
         served = Served(name, disk, self._opening, resume_jobs=self.settings.resume_jobs)
         served.guest_disk = detecting(disk, self.settings.detect_zeroes)
         served.allow_shrink = self.settings.allow_shrink
+        served.backing_names = self.settings.backing_names
         served.truncate = lambda size: self.truncate(served, size)
         served.discard = lambda offset, length: self.discard(served, offset, length)
         served.launder = self._launder
@@ -446,7 +479,7 @@ class Mount:
         if first.disk.layers[0].storage.is_remote:
             return _full(first.disk.size), largest
         try:
-            state = await host.ask(os.statvfs, first.file, file=first.file)
+            state = await host.ask(os.statvfs, local_path(first.file) or first.file, file=first.file)
         except OSError as error:
             raise StorageError.from_os(error, file=first.file, doing="cannot tell the free space") from error
         return state, largest

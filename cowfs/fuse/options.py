@@ -10,6 +10,7 @@ from cowfs.block.detectzeroes import DetectZeroes
 from cowfs.block.disk import FLUSH_INTERVAL
 from cowfs.block.metacache import DEFAULT_BOUND
 from cowfs.errors import UsageError
+from cowfs.formats.backingnames import BackingNames
 from cowfs.formats.registry import format_named
 from cowfs.storage import DEFAULT_NETWORK, Network
 from cowfs.units import parse_size
@@ -42,6 +43,7 @@ class Settings:
     net_retry: float = DEFAULT_NETWORK.retry
     net_hold: bool = DEFAULT_NETWORK.hold
     resume_jobs: bool = True
+    backing_names: BackingNames = BackingNames.KEEP
     log: str | None = None
     #: flags of mount(2) by their names, passed on as they are
     flags: frozenset[str] = field(default_factory=frozenset)
@@ -106,6 +108,13 @@ def _detect_zeroes(text: str) -> DetectZeroes:
         raise ValueError("is none of " + ", ".join(DetectZeroes)) from None
 
 
+def _backing_names(text: str) -> BackingNames:
+    try:
+        return BackingNames(text)
+    except ValueError:
+        raise ValueError("is none of " + ", ".join(BackingNames)) from None
+
+
 #: options with a value: name to field, reader (`ValueError` says what is wrong), line of help
 VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "uid": ("uid", _number, "owner of all files, as a number; default: who mounts"),
@@ -119,6 +128,11 @@ VALUES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "net-retry": ("net_retry", _pause, "seconds for which a server that is away is waited for; default 60"),
     "net-error": ("net_hold", _net_error, "then: eio fails what needs the server, the default; hold waits on"),
     "detect-zeroes": ("detect_zeroes", _detect_zeroes, "off, on or unmap: what writes of nothing but zeros become"),
+    "backing-names": (
+        "backing_names",
+        _backing_names,
+        "keep, relative or absolute: names of backing files that jobs and snapshots record",
+    ),
     "log": ("log", lambda text: str(Path(text).absolute()), "file for messages of the server; default: syslog"),
 }
 

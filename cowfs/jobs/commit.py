@@ -26,7 +26,7 @@ from cowfs.block.stack import Span
 from cowfs.block.viewers import Risk, held_of
 from cowfs.block.writetracker import WriteTracker
 from cowfs.errors import CowfsError, UsageError
-from cowfs.formats.chain import backing_name
+from cowfs.formats.backingnames import BackingNames, name_below
 from cowfs.jobs.job import Job, OnError, log
 from cowfs.storage import host
 
@@ -74,6 +74,7 @@ class Commit(Job):
         base: Layer | None = None,
         pivot: Pivot = Pivot.NO,
         keep: bool = False,
+        names: BackingNames = BackingNames.KEEP,
         alone: bool = False,
         speed: int = 0,
         on_error: OnError = OnError.REPORT,
@@ -99,6 +100,7 @@ class Commit(Job):
             self._check_size()
         self._pivot = pivot
         self._keep = keep
+        self._names = names
         #: whether what is between is merged first, and then the active layer drained: each is half of the way
         self._has_halves = False
         #: bytes; steps are whole ones of these
@@ -200,6 +202,8 @@ class Commit(Job):
         self._has_halves = self._is_active
         span = Span(0 if self._is_active else first, first, self._depth)
         heir = self._base if first == 1 else None
+        # what has no name is better refused now than when everything is copied
+        await self._new_backing(first - 1)
         async with self._prepared(span, between), disk.about_to_lie_on(heir):
             done = 0
             relinked = False
@@ -235,14 +239,21 @@ class Commit(Job):
                 if span.top > 1 and not above.storage.read_only:
                     await disk.set_layer_writable(span.top - 1, False)
 
+    async def _new_backing(self, above: int) -> Backing:
+        """What the header of the layer at depth ``above`` says when it is put on the base."""
+        name = await host.ask(
+            name_below, self.disk.layers, above, self._depth, self._names, file=self.disk.layers[above].name
+        )
+        return Backing(name, self._base.format)
+
     async def _relink(self, above: int, size: int) -> bool:
         """Put the layer at depth ``above`` on the base, and mark what lay between as of no use.
 
         False, and nothing has changed, if that layer has not ``size`` bytes any more.
         """
-        disk, layer, base = self.disk, self.disk.layers[above], self._base
+        disk = self.disk
         await self._hide_tail(above)
-        backing = Backing(await host.ask(backing_name, base.name, layer.name, file=layer.name), base.format)
+        backing = await self._new_backing(above)
         removed = await disk.cut_out(above, self._depth, backing, size)
         if removed is None:
             return False

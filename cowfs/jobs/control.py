@@ -11,6 +11,7 @@ import trio
 from cowfs.block.disk import Disk
 from cowfs.block.layer import Layer
 from cowfs.errors import Busy, CowfsError, NotFound, UsageError
+from cowfs.formats.backingnames import BackingNames
 from cowfs.formats.chain import PLAIN, Opening, Vet
 from cowfs.formats.merged import mark_merged
 from cowfs.jobs.changes import Changes
@@ -59,7 +60,7 @@ def _read_text(key: str, text: str, layers: Sequence[Layer]) -> object:
     return text
 
 
-def _word_key(argument: str, values: type[OnError] | type[Pivot]) -> Key:
+def _word_key(argument: str, values: type[OnError] | type[Pivot] | type[BackingNames]) -> Key:
     """Return a key that takes one of a few words."""
     words = [value.value for value in values]
 
@@ -74,6 +75,7 @@ def _word_key(argument: str, values: type[OnError] | type[Pivot]) -> Key:
 _COMMON = {
     "speed": Key("speed", ("BYTES_PER_SECOND",), _read_size),
     "on-error": _word_key("on_error", OnError),
+    "backing-names": _word_key("names", BackingNames),
 }
 
 
@@ -124,6 +126,8 @@ class JobControl:
         self._kept_out: str | None = None
         #: looks at names of files that commands have in them
         self.vet: Vet | None = None
+        #: what jobs do about names that are not told otherwise
+        self.names = BackingNames.KEEP
         # of the last job; its plan; what keeps the journals of successive jobs apart
         self._recorded: Recorded | None = None
         self._plan: Plan | None = None
@@ -169,7 +173,7 @@ class JobControl:
         words = text.split()
         name = words[0].partition("=")[0] if words else ""
         if name == "start" and words[0] == name:
-            arguments = parse_keys(verb, words[1:], self._disk.layers)
+            arguments = {"names": self.names, **parse_keys(verb, words[1:], self._disk.layers)}
             if "trace" in arguments:
                 arguments["trace"] = await load_trace(arguments["trace"], self.vet)
             await self._begin(verb, arguments)

@@ -22,6 +22,7 @@ import xxhash
 
 from cowfs.block.layer import Layer
 from cowfs.errors import CowfsError, StorageError
+from cowfs.formats.backingnames import BackingNames
 from cowfs.jobs.job import Job, OnError, State
 from cowfs.storage.file import FileStorage, sync_directory
 from cowfs.storage.names import derived_name
@@ -64,6 +65,7 @@ class Entry:
     file: str
     speed: int = 0
     on_error: str = OnError.REPORT.value
+    names: str = BackingNames.KEEP.value
     paused: bool = False
     base: str | None = None
     top: str | None = None
@@ -79,6 +81,8 @@ class Entry:
         for key, name in (("base", self.base), ("top", self.top), ("above", self.above), ("trace", self.trace)):
             if name is not None:
                 lines.append(f"{key}: {_quoted(name)}")
+        if self.names != BackingNames.KEEP.value:
+            lines.append(f"backing-names: {self.names}")
         if self.pivot is not None:
             lines.append(f"pivot: {self.pivot}")
         lines += [f"merged: {_quoted(layer.format)} {_quoted(layer.name)}" for layer in self.merged]
@@ -102,6 +106,7 @@ class Entry:
                 file=_unquoted(facts["file"]),
                 speed=int(facts["speed"]),
                 on_error=facts["on-error"],
+                names=facts.get("backing-names", BackingNames.KEEP.value),
                 paused=facts["paused"] == "yes",
                 pivot=facts.get("pivot"),
                 merged=tuple(Merged(_unquoted(format), _unquoted(name)) for format, name in merged),
@@ -115,6 +120,8 @@ class Entry:
 
     def _makes_sense(self) -> bool:
         if self.verb not in _VERBS or not 0 <= self.speed < 1 << 63 or self.on_error not in [p.value for p in OnError]:
+            return False
+        if self.names not in [names.value for names in BackingNames]:
             return False
         if self.verb == "commit":
             has_all = None not in (self.top, self.base) and self.pivot in _PIVOTS

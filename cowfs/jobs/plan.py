@@ -8,6 +8,7 @@ import trio
 
 from cowfs.block.layer import Layer
 from cowfs.errors import CowfsError
+from cowfs.formats.backingnames import BackingNames
 from cowfs.jobs.commit import Commit, Pivot
 from cowfs.jobs.job import OnError
 from cowfs.jobs.journal import Entry, Merged, find_journal, layer_name, remove_journal
@@ -41,6 +42,7 @@ class Plan:
             file=layer_name(self.active),
             speed=self.arguments.get("speed", 0),
             on_error=self.arguments.get("on_error", OnError.REPORT).value,
+            names=self.arguments.get("names", BackingNames.KEEP).value,
             pivot=self.arguments.get("pivot", Pivot.NO).value if self.verb == "commit" else None,
             merged=tuple(Merged(layer.format, layer_name(layer)) for layer in self.merged),
             base=_name(self.base),
@@ -102,7 +104,11 @@ def plan_of_job(job: Stream | Commit) -> Plan:
 
 def arguments_of(entry: Entry, layers: Mapping[str, Layer]) -> dict[str, Any]:
     """Return the arguments of the job that a journal tells of; ``layers`` by the names that it uses."""
-    arguments: dict[str, Any] = {"speed": entry.speed, "on_error": OnError(entry.on_error)}
+    arguments: dict[str, Any] = {
+        "speed": entry.speed,
+        "on_error": OnError(entry.on_error),
+        "names": BackingNames(entry.names),
+    }
     for key, name in (("base", entry.base), ("top", entry.top)):
         if name is not None:
             arguments[key] = layers[name]

@@ -15,7 +15,7 @@ from cowfs.block.image import Backing
 from cowfs.block.layer import Layer
 from cowfs.block.viewers import Risk
 from cowfs.errors import UsageError
-from cowfs.formats.chain import backing_name
+from cowfs.formats.backingnames import BackingNames, name_below
 from cowfs.jobs.job import Job, OnError
 from cowfs.jobs.trace import TraceFile
 from cowfs.storage import host
@@ -35,6 +35,7 @@ class Stream(Job):
         *,
         base: Layer | None = None,
         trace: TraceFile | None = None,
+        names: BackingNames = BackingNames.KEEP,
         alone: bool = False,
         speed: int = 0,
         on_error: OnError = OnError.REPORT,
@@ -43,6 +44,7 @@ class Stream(Job):
         if base is disk.layers[0]:
             raise UsageError("the base of a stream lies below the active layer", file=base.name)
         self._base = base
+        self._names = names
         self._first = [] if trace is None else trace.trace.ranges
 
     @property
@@ -71,6 +73,8 @@ class Stream(Job):
         if end == 1:
             return
         disk.layers[0].require_writable()
+        # what has no name is better refused now than when everything is copied
+        await self._new_backing()
         async with disk.about_to_lie_on(self._base):
             await self._fill(end)
 
@@ -114,12 +118,18 @@ class Stream(Job):
             start += size
             await self.advance(start if reached is None else reached, copied or 0)
 
+    async def _new_backing(self) -> Backing | None:
+        """What the active layer's header says at the end."""
+        if self._base is None:
+            return None
+        layers = self.disk.layers
+        name = await host.ask(name_below, layers, 0, layers.index(self._base), self._names, file=layers[0].name)
+        return Backing(name, self._base.format)
+
     async def _let_go(self, end: int, size: int) -> bool:
         """Take what is not needed any more out of the chain; False if the disk has grown beyond ``size`` meanwhile."""
-        disk, top, base = self.disk, self.disk.layers[0], self._base
-        backing = None
-        if base is not None:
-            backing = Backing(await host.ask(backing_name, base.name, top.name, file=top.name), base.format)
+        disk, base = self.disk, self._base
+        backing = await self._new_backing()
         removed = await disk.cut_out(0, None if base is None else end, backing, size)
         if removed is None:
             return False

@@ -71,6 +71,17 @@ class Storage(ABC):
         return (self.name,)
 
     @property
+    def extent(self) -> tuple[int, int | None]:
+        """Which part it is of what has its `identity`: offset and bytes, None for all to the end."""
+        return 0, None
+
+    def overlaps(self, other: "Storage") -> bool:
+        """Whether the two have bytes in common."""
+        (start, size), (other_start, other_size) = self.extent, other.extent
+        begins_before_end = other_size is None or start < other_start + other_size
+        return self.identity == other.identity and begins_before_end and (size is None or other_start < start + size)
+
+    @property
     def keeps_old_bytes(self) -> bool:
         """Whether making it anew leaves what was there before, as on a block device; else it starts out empty."""
         return False

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from cowfs.errors import CowfsError, ReadOnly, StorageError
+from cowfs.errors import Busy, CowfsError, ReadOnly, StorageError
 from cowfs.storage import locks
 from cowfs.storage.base import Move, ReadBuffers, Region, Storage, WriteBuffers, in_two
 from cowfs.storage.mounts import mount_of
@@ -129,6 +129,8 @@ class FileStorage(Storage):
         try:
             _refuse_odd_kinds(name, fd)
             _lock(fd, name, writable=True)
+            if stat.S_ISBLK(os.fstat(fd).st_mode):
+                _require_unclaimed(name)
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 with _reported(name, "cannot be emptied"):
                     os.ftruncate(fd, 0)
@@ -145,6 +147,11 @@ class FileStorage(Storage):
     @property
     def keeps_old_bytes(self) -> bool:
         """A block device cannot be emptied."""
+        return self._is_device
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device, and no regular file."""
         return self._is_device
 
     @property
@@ -535,6 +542,16 @@ def _lock(fd: int, name: str, *, writable: bool) -> None:
     use = locks.WRITING if writable else locks.READING
     locks.take(fd, use, name)
     locks.check(fd, use, name)
+
+
+def _require_unclaimed(name: str) -> None:
+    """Raise `Busy` for a block device that the kernel uses: one that is mounted, swapped to, or part of another."""
+    try:
+        os.close(os.open(name, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise Busy("is in use: it is mounted, or part of another device", file=name) from error
+        raise StorageError.from_os(error, file=name, doing="cannot open") from error
 
 
 def _refuse_odd_kinds(name: str, fd: int) -> None:

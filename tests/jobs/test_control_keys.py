@@ -19,6 +19,8 @@ from cowfs.jobs.plan import plan_of
 
 #: layers 3 to 0
 NAMES = ("top", "c", "b", "base")
+_STREAM = "backing-names, base, on-error, speed, trace"
+_COMMIT = "backing-names, base, on-error, pivot, speed, top"
 
 
 def make_layers(*names: str) -> list[Layer]:
@@ -51,9 +53,24 @@ def test_keys_become_arguments(verb: str, text: str, arguments: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("verb", "text", "kind", "sentence"),
     [
-        ("stream", "base", UsageError, "stream has no key 'base'; it takes base, on-error, speed, trace"),
-        ("stream", "top=1", UsageError, "stream has no key 'top'; it takes base, on-error, speed, trace"),
-        ("commit", "depth=1", UsageError, "commit has no key 'depth'; it takes base, on-error, pivot, speed, top"),
+        (
+            "stream",
+            "base",
+            UsageError,
+            f"stream has no key 'base'; it takes {_STREAM}",
+        ),
+        (
+            "stream",
+            "top=1",
+            UsageError,
+            f"stream has no key 'top'; it takes {_STREAM}",
+        ),
+        (
+            "commit",
+            "depth=1",
+            UsageError,
+            f"commit has no key 'depth'; it takes {_COMMIT}",
+        ),
         ("stream", "base=", UsageError, "base=: '' is not the number of a layer"),
         ("stream", "base=1.0", UsageError, "base=1.0: '1.0' is not the number of a layer"),
         ("stream", "base=²", UsageError, "base=²: '²' is not the number of a layer"),

@@ -17,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 from cowfs.block.disk import Disk
 from cowfs.block.layer import Layer
 from cowfs.errors import Busy, CowfsError, StorageError, UsageError
+from cowfs.formats.backingnames import BackingNames
 from cowfs.formats.chain import PLAIN, open_disk
 from cowfs.formats.raw import RawImage
 from cowfs.jobs import control, journal
@@ -42,11 +43,13 @@ class _Stub(Job):
         speed: int = 0,
         on_error: OnError = OnError.REPORT,
         pivot: Pivot = Pivot.NO,
+        names: BackingNames = BackingNames.KEEP,
         **layers: Layer,
     ) -> None:
         super().__init__(disk, speed=speed, on_error=on_error)
         self.layers = {key: layer.name for key, layer in layers.items()}
         self.pivot = pivot
+        self.names = names
         self.steps = trio.Semaphore(0)
         self.done = 0
         self.failure: CowfsError | None = None

@@ -1,7 +1,5 @@
 """Names of exports, as users and headers write them."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +9,6 @@ from cowfs.errors import CowfsError, InvalidImage, NotPermitted
 from cowfs.formats.chain import backing_source
 from cowfs.storage import is_remote, shown
 from cowfs.storage.nbd.address import Address, parse_address
-from cowfs.storage.nbd.jsonname import parse_json_name
 
 _NAMES = {
     "nbd://host": Address("", "host"),
@@ -124,62 +121,6 @@ def test_no_name_does_anything_but_stand_or_be_refused(text: str) -> None:
             backing_source("top", Backing(f"json:{text}", None))
         except CowfsError as error:
             assert error.file == "top"
-
-
-_INET = {"driver": "nbd", "server": {"type": "inet", "host": "h", "port": "10810"}, "export": "x"}
-_JSON = [
-    (_INET, None),
-    ({"driver": "raw", "file": _INET}, "raw"),
-    ({"driver": "qcow2", "file": _INET}, "qcow2"),
-    ({"driver": "nbd", "host": "h", "port": 10810, "export": "x"}, None),
-    ({"driver": "nbd", "server.type": "inet", "server.host": "h", "server.port": "10810", "export": "x"}, None),
-    ({"driver": "raw", "file.driver": "nbd", "file.host": "h", "file.port": "10810", "file.export": "x"}, "raw"),
-]
-
-
-@pytest.mark.parametrize(("tree", "format"), _JSON)
-def test_json_names_of_exports(tree: dict[str, object], format: str | None) -> None:
-    name = f"json:{json.dumps(tree)}"
-    assert parse_json_name(name) == (Address("x", "h", 10810), format)
-    source = backing_source("dir/top", Backing(name, None))
-    assert (source.name, source.format) == ("nbd://h:10810/x", format)
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ('{"driver":"file","filename":"/etc/passwd"}', "'file'"),
-        ('{"driver":"raw","file":{"driver":"file","filename":"/etc/passwd"}}', "may not lead to"),
-        ('{"driver":"raw","file":"/etc/passwd"}', "may not lead to"),
-        ('{"driver":"raw"}', "may not lead to"),
-        ('{"driver":"raw","offset":512,"file":{"driver":"nbd"}}', "'offset'"),
-        ('{"file":{"driver":"nbd"}}', "None"),
-        ('{"driver":"nbd","tls-creds":"x"}', "'tls-creds'"),
-        ('{"driver":"nbd","server":{"type":"fd","str":"3"}}', "'fd'"),
-        ('{"driver":"nbd","server":{"type":"unix","path":"/s","abstract":true}}', "'abstract'"),
-        ('{"driver":"nbd","server":{"type":"inet","host":"h","port":"1","ipv6":true}}', "'ipv6'"),
-        ('{"driver":"nbd","host":"h","server":{"type":"inet"}}', "makes no sense"),
-        ('{"driver":"nbd","host":"h","host":"i"}', "twice"),
-        ('{"driver":"nbd","server.type":"inet","server":{"type":"inet"}}', "twice"),
-        ('{"driver":"nbd","host":["h"]}', "no text"),
-        ('{"driver":"nbd","port":"http"}', "port"),
-        ("[]", "no block device"),
-        ("{", "not what it says"),
-        ("[" * 900, "not what it says"),
-        ("", "not what it says"),
-    ],
-)
-def test_json_names_that_lead_elsewhere(text: str, says: str) -> None:
-    with pytest.raises(CowfsError) as caught:
-        backing_source("top", Backing(f"json:{text}", "raw"))
-    assert caught.value.file == "top"
-    assert f"its backing file 'json:{text}' " in caught.value.message
-    assert says in caught.value.message
-
-
-def test_a_json_name_and_the_header_agree_on_the_format() -> None:
-    with pytest.raises(InvalidImage, match="said to be qcow2 too"):
-        backing_source("top", Backing(f"json:{json.dumps(_JSON[1][0])}", "qcow2"))
 
 
 def test_what_comes_from_a_server_does_not_lead_into_this_host() -> None:

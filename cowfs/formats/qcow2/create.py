@@ -80,8 +80,9 @@ async def create(storage: Storage, size: int, backing: Backing | None, options: 
 
 
 async def _fill(storage: Storage, data: Storage | None, content: list[bytes], size: int, preallocation: str) -> None:
-    await storage.write(0, content)
+    # a device that is too small for it keeps what it has
     await storage.truncate(max(sum(map(len, content)), storage.length))
+    await storage.write(0, content)
     await storage.flush()
     if preallocation != "off":
         await _preallocate(storage, data, size, preallocation)

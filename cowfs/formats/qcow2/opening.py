@@ -7,6 +7,7 @@ from cowfs.formats.qcow2.extended import ExtendedImage
 from cowfs.formats.qcow2.image import Qcow2Image
 from cowfs.formats.qcow2.layout import MAGIC, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, parse_header
 from cowfs.storage.base import Storage
+from cowfs.storage.blockoptions import Check, is_size, is_switch, one_of
 
 #: by whether guest data lies in a file of its own, and the words of an L2 entry
 _KINDS = {
@@ -14,6 +15,18 @@ _KINDS = {
     (False, 2): ExtendedImage,
     (True, 1): ExternalDataImage,
     (True, 2): ExternalExtendedImage,
+}
+
+#: options of QEMU's driver about what it keeps in memory, checks, and passes on of discards; see `Format`
+DEVICE_OPTIONS: dict[str, Check] = {
+    **dict.fromkeys(
+        ("lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other", "discard-no-unref"),
+        is_switch,
+    ),
+    **dict.fromkeys(
+        ("cache-size", "l2-cache-size", "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval"), is_size
+    ),
+    "overlap-check": one_of("none", "constant", "cached", "all"),
 }
 
 

@@ -3,7 +3,7 @@
 from cowfs.errors import UsageError
 from cowfs.fuse.control.file import ControlFile, one_line
 from cowfs.fuse.images import Mount, Source
-from cowfs.storage import is_remote
+from cowfs.storage import is_json_name, is_remote
 
 VERBS = {
     "add": "add [[format=FMT] [ro] --] [NAME=]PATH [format=FMT] [ro]: serve one more image; PATH is absolute",
@@ -48,7 +48,8 @@ def _source(text: str) -> Source:
 
 
 def _is_absolute(path: str) -> bool:
-    return path.startswith("/") or is_remote(path)
+    # an absolute path in a json: name is seen to when it is read
+    return path.startswith("/") or is_json_name(path) or is_remote(path)
 
 
 def _is_option(word: str) -> bool:

@@ -2,7 +2,7 @@
 
 ``nbd://HOST[:PORT]/EXPORT`` and ``nbd+unix:///EXPORT?socket=PATH``, with ``nbds`` for TLS, are those of the NBD URI
 specification. ``nbd:HOST:PORT[:exportname=EXPORT]`` and ``nbd:unix:PATH[:exportname=EXPORT]`` are older. The
-``json:`` form is in `cowfs.storage.nbd.jsonname`.
+``json:`` form is in `cowfs.storage.jsonname`.
 
 Names also come from headers, which anybody may have written: what is not understood to the last byte is refused.
 """
@@ -81,7 +81,7 @@ def is_address(name: str) -> bool:
 def parse_address(name: str) -> Address:
     """Read a URI, or QEMU's older form. Raises `UsageError`, or `Unsupported`, with what may be shown of the name."""
     try:
-        return _checked(_parse_uri(name) if "://" in name else _parse_old(name))
+        return checked(_parse_uri(name) if "://" in name else _parse_old(name))
     except (UsageError, Unsupported) as error:
         error.file = shown(error.file or name)
         raise
@@ -89,8 +89,8 @@ def parse_address(name: str) -> Address:
         raise UsageError(f"is no NBD URI: {error}", file=shown(name)) from None
 
 
-def _checked(address: Address) -> Address:
-    """Refuse what no server can be asked for."""
+def checked(address: Address) -> Address:
+    """Return an address, having refused what no server can be asked for: `UsageError`."""
     if len(address.export.encode("utf-8", "surrogateescape")) > MAX_NAME:
         raise UsageError(f"the name of an export has {MAX_NAME} bytes at most")
     if address.socket is not None:
