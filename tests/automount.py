@@ -12,8 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-#: seconds for the command
-PATIENCE = 20
+from commandline import PATIENCE
 
 #: ``<linux/auto_fs.h>``
 _READY, _FAIL = 0x9360, 0x9361

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+#: seconds after which something that should happen soon counts as not happening; a busy machine may take a minute
+PATIENCE = 180.0
+
 Result = subprocess.CompletedProcess[str]
 
 
@@ -43,4 +46,4 @@ def refusal(result: Result, code: int = 1) -> str:
 
 
 def _run(command: list[str], cwd: Path | None) -> Result:
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=PATIENCE, check=False)

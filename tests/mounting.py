@@ -3,16 +3,14 @@
 import json
 import os
 import select
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self
 
-from commandline import cowfs, ok
-
-#: seconds after which something that should happen soon counts as not happening
-PATIENCE = 30.0
+from commandline import PATIENCE, cowfs, ok
 
 
 def wait_for(what: str, condition: Callable[[], bool], patience: float = PATIENCE) -> None:
@@ -30,7 +28,9 @@ def wait_for_end(process: int) -> None:
 
 def shell(command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command line in a shell."""
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=cwd, timeout=PATIENCE, check=False
+    )
 
 
 class Mounted:
@@ -88,9 +88,13 @@ class Mounts:
         for point in self._points:
             while subprocess.run(["umount", "-l", str(point)], capture_output=True, check=False).returncode == 0:
                 pass
+        stuck = []
         for mounted in self._made:
-            wait_for_end(mounted.process)
+            if not select.select([mounted.process], [], [], PATIENCE)[0]:
+                stuck.append(mounted.pid)
+                signal.pidfd_send_signal(mounted.process, signal.SIGKILL)
             os.close(mounted.process)
+        assert not stuck, f"servers that did not end, and were killed: {stuck}"
 
 
 class Namespace:

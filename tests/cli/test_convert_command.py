@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commandline import cowfs, ok, qemu_img, qemu_io, refusal
+from commandline import PATIENCE, cowfs, ok, qemu_img, qemu_io, refusal
 
 SIZE = 9_000_448
 TARGETS = {
@@ -173,7 +173,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(source: Path, words: list[str]
 def test_a_full_disk_leaves_no_half_made_image(source: Path) -> None:
     command = f"ulimit -f 500; exec {cowfs('--version').args[0]} -m cowfs convert -O qcow2 source.qcow2 made"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=source.parent, capture_output=True, text=True, check=False, timeout=60
+        ["bash", "-c", command], cwd=source.parent, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode != 0
     assert done.stderr.startswith("cowfs: ")

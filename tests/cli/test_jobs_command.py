@@ -17,8 +17,8 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from commandline import cowfs, ok, qemu_img, qemu_io, refusal
-from mounting import PATIENCE, Mounted, Mounts, shell, wait_for
+from commandline import PATIENCE, cowfs, ok, qemu_img, qemu_io, refusal
+from mounting import Mounted, Mounts, shell, wait_for
 
 pytestmark = [pytest.mark.needs("root", "fuse", "qemu-img", "qemu-io")]
 
@@ -250,8 +250,8 @@ def test_the_bar_has_bytes_rate_and_time_left_and_ctrl_c_leaves_the_job_running(
         seen.read_until(lambda text: re.search(r"stream +\S+ +[1-9][\d.]*/8\.0 MiB +\d+ KiB/s +\d+ s left", text))
         ok(cowfs("job", flat, "pause"))
         seen.read_until(lambda text: "stream (paused)" in text)
-        ok(cowfs("job", flat, "resume"))
         ok(cowfs("job", flat, "speed=1k"))
+        ok(cowfs("job", flat, "resume"))
         seen.process.send_signal(signal.SIGINT)
         assert seen.end() == 130
         last = seen.text.splitlines()[-1]

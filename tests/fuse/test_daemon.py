@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commandline import PATIENCE
 from mounting import wait_for
 
 _PROGRAM = """
@@ -28,7 +29,9 @@ except CowfsError as error:
 def run(body: str) -> list[str]:
     """What is printed until the command and the server have let go of the output."""
     program = _PROGRAM.format(body="\n".join("    " + line for line in body.splitlines()))
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.splitlines()
 
@@ -45,7 +48,9 @@ def test_the_server_has_a_session_and_a_directory_of_its_own_once_it_is_ready(tm
     ready()
     open({str(told)!r}, "w").write(f"{{before}} {{os.getsid(0) == os.getpid()}} {{os.getcwd()}}\\n")"""
     program = "import os; os.environ['GROUP'] = str(os.getpgrp())\n" + _PROGRAM.format(body=body)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert result.stdout.splitlines()[-1] == "mounted", result
     wait_for("the server to tell", lambda: told.exists() and told.read_text().endswith("\n"))
     assert told.read_text() == "(True, False) True /\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import automount
 import pytest
-from commandline import Result, cowfs, ok, qemu_img
-from mounting import PATIENCE, Namespace, wait_for_end
+from commandline import PATIENCE, Result, cowfs, ok, qemu_img
+from mounting import Namespace, wait_for_end
 
 from cowfs.cli.mounthelper import main as mount_helper
 

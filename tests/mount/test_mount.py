@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commandline import cowfs, ok, qemu_img, refusal
+from commandline import PATIENCE, cowfs, ok, qemu_img, refusal
 from mounting import Mounted, Mounts, shell, wait_for, wait_for_end
 
 pytestmark = [pytest.mark.needs("root", "fuse", "qemu-img")]
@@ -208,7 +208,7 @@ print(rounds)
         assert self._process.stdout.readline() == b"started\n"
 
     def stop(self) -> None:
-        output, _ = self._process.communicate(timeout=60)
+        output, _ = self._process.communicate(timeout=PATIENCE)
         assert self._process.returncode == 0
         assert int(output) > 10
 
@@ -276,11 +276,11 @@ def test_poll_wakes_waiters(mount: Mounts, overlay: Path) -> None:
         assert file.read().startswith(b"state: none\n")
         assert waiting.poll(0) == []
         waker = subprocess.Popen(["bash", "-c", f"echo start speed=1k > {path}"])
-        assert waiting.poll(10_000) != []
+        assert waiting.poll(1000 * PATIENCE) != []
         assert os.pread(file.fileno(), 4096, 0).startswith(b"state: running\n")
         assert waker.wait() == 0
         waker = subprocess.Popen(["bash", "-c", f"echo cancel > {path}"])
-        assert waiting.poll(10_000) != []
+        assert waiting.poll(1000 * PATIENCE) != []
         assert waker.wait() == 0
         assert os.pread(file.fileno(), 4096, 0).startswith(b"state: cancelled\n")
 
@@ -301,7 +301,7 @@ def test_ctrl_c_leaves_the_job_running(mount: Mounts, overlay: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().startswith("stream: running")
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (130, "")
     assert "The stream job goes on" in output
     assert mounted.job("overlay", "stream")["state"] == "running"
@@ -396,7 +396,7 @@ def test_foreground(mount: Mounts, raw_image: Path) -> None:
     assert server.stderr.readline() == f"cowfs: {point}: serving plain\n"
     assert (point / "plain").exists()
     server.send_signal(signal.SIGINT)
-    output, messages = server.communicate(timeout=30)
+    output, messages = server.communicate(timeout=PATIENCE)
     assert (server.returncode, output, messages) == (0, "", f"cowfs: {point}: ending, after signal 2\n")
 
 

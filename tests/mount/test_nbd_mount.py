@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commandline import cowfs, ok, qemu_img, qemu_io, refusal
+from commandline import PATIENCE, cowfs, ok, qemu_img, qemu_io, refusal
 from mounting import Mounts, shell, wait_for, wait_for_end
 from nbdservers import Server, Servers
 
@@ -139,7 +139,7 @@ def test_requests_are_held_until_the_server_is_back(
         assert mounted.control("top", "status").read_text()
         assert not reading.done()
         server.start()
-        assert reading.result(30) == base.read_bytes()
+        assert reading.result(PATIENCE) == base.read_bytes()
     mounted.umount()
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commandline import cowfs, ok, qemu_img
+from commandline import PATIENCE, cowfs, ok, qemu_img
 from mounting import Mounts, shell, wait_for
 
 pytestmark = pytest.mark.needs("root", "fuse", "loop", "ip", "tc", "nsenter", "qemu-nbd", "mkfs.ext4")
@@ -85,7 +85,7 @@ def test_a_disk_is_used_elsewhere_at_once_and_then_moves(tmp_path: Path, hosts: 
     with subprocess.Popen([*hosts.source, *words]) as server, ThreadPoolExecutor() as pool:
         wait_for("the server", lambda: shell(f"{' '.join(hosts.source)} ss -Hltn sport = :{PORT}").stdout != "")
         ok(cowfs("create", "-q", "-f", "qcow2", "-b", url, "-F", "raw", top, prefix=hosts.target))
-        mounted = mount("-o", f"net-timeout=2,net-retry=60,log={log}", top, prefix=hosts.target)
+        mounted = mount("-o", f"net-timeout=2,net-retry=600,log={log}", top, prefix=hosts.target)
         flat = mounted.flat("top")
         device = ok(cowfs("attach", flat)).strip()
         try:
@@ -110,7 +110,7 @@ def test_a_disk_is_used_elsewhere_at_once_and_then_moves(tmp_path: Path, hosts: 
             assert float(before["percent"]) < 90
             assert not waiting.done()
             hosts.mend()
-            assert waiting.result(30) == content["file11"]
+            assert waiting.result(PATIENCE) == content["file11"]
             job = mounted.job_ended("top", "stream")
             assert (job["state"], job["error"]) == ("completed", "")
             assert "connected again" in log.read_text()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from commandline import cowfs, ok, qemu_img, refusal
+from commandline import PATIENCE, cowfs, ok, qemu_img, refusal
 from httpservers import Handler, Web, drop, saying, status, web_server
 from mounting import Mounts, shell
 
@@ -342,7 +342,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None
     code += "import cowfs.cli.main as m; sys.argv[1:] = ['info', '{}']; sys.exit(m.main())"
     for module, url in (("fsspec", "https://localhost/x"), ("aiohttp", "https://localhost/x"), ("s3fs", "s3://b/x")):
         words = [sys.executable, "-c", code.format(module, url)]
-        result = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert result.returncode == 1
         assert result.stderr.startswith(f"cowfs: {url}: ")
         assert result.stderr.endswith(f"needs '{module}', which is not installed: pip install cowfs[remote]\n")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commandline import Result, cowfs, ok, qemu_img, refusal
-from mounting import PATIENCE, Namespace, wait_for_end
+from commandline import PATIENCE, Result, cowfs, ok, qemu_img, refusal
+from mounting import Namespace, wait_for_end
 
 pytestmark = pytest.mark.needs("root", "fuse", "fusermount3", "setpriv", "nsenter", "unshare", "qemu-img")
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import trio
+from commandline import PATIENCE
 
 from cowfs.storage.remote import bridge
 from cowfs.storage.remote.bridge import in_loop
@@ -77,7 +78,7 @@ async def test_a_coroutine_that_does_not_end_keeps_nobody_for_ever(monkeypatch: 
                 continue
         token.run_sync_soon(ended.set)
 
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(in_loop, work())
             await begun.wait()

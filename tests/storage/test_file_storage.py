@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import PATIENCE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -305,7 +306,7 @@ async def test_two_threads_copy_what_is_large_and_the_first_error_is_told_when_b
     copy, together = FileStorage._copy, threading.Barrier(2)
 
     def meet(self: FileStorage, moves: Sequence[Move]) -> None:
-        together.wait(timeout=20)
+        together.wait(timeout=PATIENCE)
         copy(self, moves)
 
     monkeypatch.setattr(FileStorage, "_copy", meet)
@@ -317,7 +318,7 @@ async def test_two_threads_copy_what_is_large_and_the_first_error_is_told_when_b
     ended: list[int] = []
 
     def fail(self: FileStorage, moves: Sequence[Move]) -> None:
-        together.wait(timeout=20)
+        together.wait(timeout=PATIENCE)
         ended.append(moves[0].offset)
         raise OSError(errno.ENOSPC, "full") if moves[0].offset else ReadOnly("not this one", file="x")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from commandline import PATIENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbdhostile import (
@@ -59,7 +60,7 @@ async def refused(server: HostileServer) -> str:
 
 
 async def read_from(server: HostileServer, offset: int = 1000, length: int = 5000) -> bytes:
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE):
         storage = await NbdStorage.open(server.uri, writable=False, network=STRICT)
         try:
             return await storage.read_bytes(offset, length)
@@ -286,7 +287,7 @@ async def test_one_who_lies_is_not_asked_again_for_the_same(server: HostileServe
     """It fails at once, however long a server that is away would be waited for; what comes later is asked for anew."""
     server.replies[nbd.CMD_READ] = lambda r: bytes(16)
     storage = await NbdStorage.open(server.uri, writable=False, network=Network(1000, 1000, hold=True))
-    with trio.fail_after(30), pytest.raises(StorageError, match="what is no reply"):
+    with trio.fail_after(PATIENCE), pytest.raises(StorageError, match="what is no reply"):
         await storage.read_bytes(0, 1)
     del server.replies[nbd.CMD_READ]
     assert await storage.read_bytes(0, 100) == CONTENT[:100]
@@ -357,7 +358,7 @@ def test_any_byte_may_be_another(tmp_path_factory: pytest.TempPathFactory, twist
         async with serving(tmp_path_factory.mktemp("s") / "s", CONTENT[:4096]) as server:
             server.twist, server.cut = twist, cut
             try:
-                with trio.fail_after(120):
+                with trio.fail_after(PATIENCE):
                     storage = await NbdStorage.open(server.uri, writable=False, network=Network(10, 0))
                     try:
                         guarded = bytearray(b"\xaa" * 120)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from commandline import PATIENCE
 from nbdservers import Server, Servers
 
 from cowfs.errors import StorageError
@@ -163,7 +164,7 @@ async def test_holes_are_asked_for_once(servers: Servers, tmp_path: Path) -> Non
 async def test_closing_ends_what_is_under_way(servers: Servers, disk: Path) -> None:
     server = servers.nbdkit("--filter=delay", "file", str(disk), "rdelay=60")
     async with opened(server, Network(100, 100)) as storage:
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_refused, storage)
                 await trio.testing.wait_all_tasks_blocked(0.01)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from commandline import PATIENCE
 from nbdhostile import FLAGS, HostileServer, Request, ack, info_export, serving, simple
 from nbdservers import Servers
 
@@ -27,8 +28,10 @@ async def server(tmp_path: Path) -> AsyncIterator[HostileServer]:
         yield made
 
 
-async def opened(server: HostileServer, *, writable: bool = False, hold: bool = False) -> NbdStorage:
-    return await NbdStorage.open(server.uri, writable=writable, network=Network(timeout=10, retry=100, hold=hold))
+async def opened(
+    server: HostileServer, *, writable: bool = False, seconds: float = 10, hold: bool = False
+) -> NbdStorage:
+    return await NbdStorage.open(server.uri, writable=writable, network=Network(seconds, retry=100, hold=hold))
 
 
 def be_away(server: HostileServer) -> None:
@@ -269,7 +272,7 @@ async def test_a_flush_without_a_server_is_made_good(
 @pytest.mark.parametrize("writing", [False, True])
 async def test_whoever_is_cancelled_leaves_nothing_behind(server: HostileServer, writing: bool) -> None:
     """After every number of steps; the next request is answered right, and nothing comes into a buffer given up."""
-    storage = await opened(server, writable=writing)
+    storage = await opened(server, writable=writing, seconds=1000)
     expected = bytearray(CONTENT)
     cancelled = 0
     for steps in range(60):
@@ -285,7 +288,7 @@ async def test_whoever_is_cancelled_leaves_nothing_behind(server: HostileServer,
             nursery.cancel_scope.cancel()
         buffer[:] = b"\xaa" * len(buffer)
         # long before a deadline would help
-        with trio.fail_after(6):
+        with trio.fail_after(PATIENCE):
             assert await storage.read_bytes(steps, 5000) == expected[steps : steps + 5000]
         assert buffer == b"\xaa" * len(buffer)
     assert cancelled > 5, "some were cancelled before they had come to their end"
@@ -336,7 +339,7 @@ async def test_a_stream_goes_on_when_the_server_does(servers: Servers, tmp_path:
                 await trio.lowlevel.checkpoint()
             server.thaw()
 
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             nursery.start_soon(trouble)

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 import fsspec  # type: ignore[import-untyped]
 import pytest
 import trio
+from commandline import PATIENCE
 from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
 from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
 from mounting import wait_for
@@ -40,13 +41,13 @@ class Bucket:
         self.put("", b"")
 
     def put(self, key: str, content: bytes) -> None:
-        with urlopen(Request(f"{self._url}/{key}", content, _HEADERS, method="PUT"), timeout=20) as answer:
+        with urlopen(Request(f"{self._url}/{key}", content, _HEADERS, method="PUT"), timeout=PATIENCE) as answer:
             assert answer.status == 200
 
 
 def _answers(url: str) -> bool:
     try:
-        with urlopen(url, timeout=20):
+        with urlopen(url, timeout=PATIENCE):
             return True
     except URLError:
         return False
@@ -199,9 +200,12 @@ async def test_any_store_whose_object_changes_between_reading_and_asking(store: 
 
 
 async def test_any_store_that_is_too_slow(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await open_storage(store, writable=False, network=Network(NETWORK.timeout, 0))
+    assert isinstance(storage, RemoteStorage)
+    # this process may have been too slow until here
+    monkeypatch.setattr(storage._store, "_timeout", 0.1)
     monkeypatch.setattr(Plain, "delay", 0.5)
     with pytest.raises(StorageError, match=r"has not answered for 0\.1 seconds"):
-        storage = await open_storage(store, writable=False, network=Network(0.1, 0))
         await storage.read_bytes(0, 10)
     await storage.close()
 

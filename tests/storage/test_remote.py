@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from commandline import PATIENCE
 from httpservers import Handler, Web, drop, saying, stalled, status, web_server
 
 from cowfs.errors import CowfsError, NotFound, ReadOnly, StorageError, Unsupported, UsageError
@@ -47,7 +48,7 @@ async def refused(url: str, kind: type[CowfsError]) -> str:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.01)
 
