@@ -211,18 +211,18 @@ class JobControl:
             await job.require_harmless()
         plan = plan_of(verb, disk.layers, arguments)
         self._refuse_sharing(plan)
-        job.on_change = partial(self._changed, verb)
         self._plan = plan
-        self._recorded = Recorded(job, disk.layers[0], plan.describe, self._journal_lock, found)
+        self._recorded = recorded = Recorded(job, disk.layers[0], plan.describe, self._journal_lock, found)
+        job.on_change = partial(self._changed, verb, recorded)
         self.jobs.pop(verb, None)
         self.jobs[verb] = job
-        self._nursery.start_soon(self._recorded.run)
+        self._nursery.start_soon(recorded.run)
         # whoever gave the command reads the job file next
-        await self._recorded.begun.wait()
+        await recorded.begun.wait()
 
-    def _changed(self, verb: str) -> None:
-        if self._recorded is not None:
-            self._recorded.begun.set()
+    def _changed(self, verb: str, recorded: Recorded) -> None:
+        # of this job, not of one that has taken its place while its journal was still there
+        recorded.begun.set()
         self.changes[verb].happened()
         self.on_change()
 

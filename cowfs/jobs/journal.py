@@ -377,14 +377,19 @@ class Recorded:
                 log.warning("the %s job %s: %s", self.job.verb, how, error)
 
     async def _remove(self) -> None:
+        """Take the journal away; the job resumes until it is gone durably, as its name may come back before that."""
         async with self._lock:
             self._is_over = True
-            await self._clear()
-            self.job.resumes = False
+            if await self._clear():
+                self.job.resumes = False
+                self.job.on_change()
 
-    async def _clear(self) -> None:
+    async def _clear(self) -> bool:
+        """Whether no journal is left; if one is, the log says so."""
         if self._path is not None:
             try:
                 await trio.to_thread.run_sync(remove_journal, self._path)
             except CowfsError as error:
                 log.error("%s; the next mount takes it for that of a job to go on with", error)
+                return False
+        return True

@@ -5,12 +5,13 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from commandline import ok, qemu_img
+from commandline import PATIENCE, ok, qemu_img
 from storages import MemoryStorage
 from trio.testing import wait_all_tasks_blocked
 
@@ -127,7 +128,7 @@ class Setup:
 async def serving(path: Path, *, writable: bool = True) -> AsyncIterator[Setup]:
     disk = await open_disk(str(path), writable=writable, copy_on_read=False)
     try:
-        with trio.fail_after(30):
+        with trio.fail_after(PATIENCE):
             async with trio.open_nursery() as nursery:
                 yield Setup(path, disk, JobControl(disk, nursery), nursery)
                 nursery.cancel_scope.cancel()
@@ -151,6 +152,45 @@ async def test_the_journal_is_there_before_the_first_step_and_gone_after_the_las
         await s.end(State.COMPLETED)
         assert read_journal(s.at) is None
         assert progress(job)["resumes"] == "no"
+
+
+async def test_it_resumes_until_its_journal_is_gone(chain: Path) -> None:
+    async with serving(chain) as s:
+        await s.jobs.command("commit", "start")
+        job, changes = s.job, s.jobs.changes["commit"]
+        with deferred_removal() as gate:
+            job.finish()
+            await job.wait()
+            # the power may still go: then the next mount finds the journal
+            assert (progress(job)["state"], progress(job)["resumes"]) == ("completed", "yes")
+            before = changes.count
+            gate.set()
+            await s.end(State.COMPLETED)
+        assert progress(job)["resumes"] == "no"
+        assert read_journal(s.at) is None
+        assert changes.count == before + 1, "who polls learns of it"
+
+
+async def test_the_end_of_one_journal_is_no_beginning_of_the_next_job(chain: Path) -> None:
+    async with serving(chain) as s:
+        await s.jobs.command("commit", "start")
+        first = s.job
+        with deferred_removal() as gate, deferred_writing() as second:
+            first.finish()
+            await first.wait()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(s.jobs.command, "commit", "start")
+                await wait_all_tasks_blocked()
+                job, recorded = s.job, s.jobs._recorded
+                assert recorded is not None
+                told = trio.Event()
+                s.jobs.changes["commit"].call_once(told, told.set)
+                gate.set()
+                await told.wait()
+                assert not first.resumes
+                assert (job.state, recorded.begun.is_set()) == (State.NONE, False)
+                second.set()
+        assert job.state is State.RUNNING
 
 
 async def test_a_stream_of_all_names_no_layer(chain: Path) -> None:
@@ -234,20 +274,25 @@ async def test_what_a_job_is_told_is_in_its_journal(chain: Path) -> None:
 
 
 @contextmanager
-def deferred_removal() -> Iterator[threading.Event]:
-    """No journal is removed until the event is set."""
-    gate, real = threading.Event(), journal.remove_journal
+def deferred(name: str) -> Iterator[threading.Event]:
+    """A function of the journal's module, called in threads, does nothing until the event is set."""
+    gate, real = threading.Event(), getattr(journal, name)
 
-    def remove(path: str) -> None:
-        assert gate.wait(30)
-        real(path)
+    def call(*args: object) -> object:
+        assert gate.wait(PATIENCE)
+        return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "remove_journal", remove)
+        patch.setattr(journal, name, call)
         try:
             yield gate
         finally:
             gate.set()
+
+
+#: no journal is removed, or written, until the event is set
+deferred_removal = partial(deferred, "remove_journal")
+deferred_writing = partial(deferred, "write_journal")
 
 
 async def test_a_job_that_an_error_has_stopped_is_not_one_that_is_paused(chain: Path) -> None:
@@ -368,9 +413,11 @@ def _raising(error: Exception) -> Any:
 async def test_a_journal_that_cannot_be_removed_is_reported(chain: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with serving(chain) as s:
         await s.jobs.command("commit", "start")
+        job = s.job
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(journal, "remove_journal", _raising(StorageError("cannot remove", errno=errno.EIO, file="j")))
             await s.jobs.command("commit", "cancel")
+            assert progress(job)["resumes"] == "yes"
         assert caplog.messages == ["j: cannot remove; the next mount takes it for that of a job to go on with"]
 
 
