@@ -13,6 +13,7 @@ from guests import KERNEL, Guests
 from hypothesis import settings
 from mounting import Mounts
 from nbdservers import Servers
+from slowhost import SlowHost, build
 
 # Under CI pytest works out the whole difference of values that are not equal, which of disks takes it hours. So it is
 # not told; workers, which inherit the environment, are told by a name of our own.
@@ -66,6 +67,22 @@ def mount(tmp_path: Path) -> Iterator[Mounts]:
         yield mounts
     finally:
         mounts.clean_up()
+
+
+@pytest.fixture(scope="session")
+def slow_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What makes the host of a server slow."""
+    return build(tmp_path_factory.mktemp("slow"))
+
+
+@pytest.fixture
+def slow_host(slow_library: Path, tmp_path: Path, mount: Mounts) -> Iterator[SlowHost]:
+    """The host of mounts that are made behind its ``prefix``; holds nothing up any more when they are taken away."""
+    host = SlowHost(slow_library, tmp_path)
+    try:
+        yield host
+    finally:
+        host.close()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import errno
 import os
 import select
+from contextlib import nullcontext
 
 import pyfuse3
 
@@ -189,7 +190,8 @@ class ControlHandle(Handle):
         text = data.decode(errors="surrogateescape").strip()
         if "\n" in text:
             raise UsageError("one command a write, on one line")
-        await self._file.command(self._subject, text)
+        with self.node.served.kept() if self.node.served is not None else nullcontext():
+            await self._file.command(self._subject, text)
         if self._subject.error:
             self._subject.error = ""
             self._subject.changes.happened()

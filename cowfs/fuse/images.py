@@ -3,7 +3,8 @@
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +129,8 @@ class Served:
         self.lost = LostWrites()
         #: whether it was taken out of the mount
         self.is_removed = False
+        #: commands and changes of size that are under way
+        self.changing = 0
         self._copy_on_read = disk.copy_on_read
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -137,6 +140,17 @@ class Served:
     def file(self) -> str:
         """Name of the active layer's file."""
         return self.disk.layers[0].name
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Stay in the mount while the context lasts, which changes it. Raises `NotFound` if it was taken out."""
+        if self.is_removed:
+            raise NotFound(f"the disk '{self.name}' is no longer part of the mount")
+        self.changing += 1
+        try:
+            yield
+        finally:
+            self.changing -= 1
 
     def set_copy_on_read(self, wanted: bool) -> None:
         """Switch copy-on-read; a stream that runs keeps it on until it ends."""
@@ -152,7 +166,9 @@ class Served:
         """Make the disk larger; or smaller, if that was asked for by name and no job goes on."""
         self.resize_error = None
         try:
-            await self._resize(size)
+            # nobody needs to have it open for that
+            with self.kept():
+                await self._resize(size)
         except CowfsError as error:
             self.resize_error = error
             raise
@@ -444,7 +460,10 @@ class Mount:
                     storage.stop_holding()
 
     async def remove(self, name: str) -> None:
-        """Take an image out and close it. Raises `NotFound`, or `Busy` if it is open or has a job."""
+        """Take an image out and close it.
+
+        Raises `NotFound`, or `Busy` if it is open, has a job, or is being changed.
+        """
         served = self.images.get(name)
         if served is None:
             raise NotFound(f"there is no disk '{name}'")
@@ -452,6 +471,8 @@ class Mount:
             raise Busy(f"a {served.jobs.active.verb} job is active on '{name}'; cancel it first")
         if served.open_files:
             raise Busy(f"'{name}' is open")
+        if served.changing:
+            raise Busy(f"'{name}' is being changed")
         del self.images[name]
         served.is_removed = True
         self.on_remove(served)

@@ -5,9 +5,7 @@ import mmap
 import os
 import random
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from chains import view
 from commandline import ok, qemu_img, qemu_io
 from filesystems import file_system
 from mounting import Mounted, Mounts, shell, wait_for
+from working import at_work
 
 pytestmark = [pytest.mark.needs("root", "fuse", "qemu-img", "qemu-io")]
 
@@ -24,42 +23,13 @@ MIB = 1 << 20
 SIZE = 24 * MIB
 THIRD = SIZE // 3
 #: seconds; for all jobs of a disk one after the other
-PATIENCE = 90.0
+PATIENCE = 600.0
 
 #: of fio, for each part; direct, since what the kernel remembers would be no proof
 LOADS = {
     "one at a time": ["--rw=randwrite", "--bs=4k", "--ioengine=psync", "--verify_backlog=64"],
     "eight at once": ["--rw=randrw", "--bsrange=4k-64k", "--ioengine=libaio", "--iodepth=8", "--fsync=40"],
 }
-
-
-class Work:
-    """Something that is done again and again in a thread, until it says that it is done or is told to stop."""
-
-    def __init__(self, once: Callable[[int], bool]) -> None:
-        self._once = once
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self.rounds = 0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set() and self._once(self.rounds):
-                self.rounds += 1
-        except BaseException as error:  # noqa: BLE001 - `stop` returns it
-            self._failure = error
-
-    @property
-    def is_over(self) -> bool:
-        return not self._thread.is_alive()
-
-    def stop(self) -> BaseException | None:
-        """Let the last round end; returns what went wrong."""
-        self._stop.set()
-        self._thread.join()
-        return self._failure
 
 
 def fio(flat: Path, part: int, options: list[str], seed: int) -> bool:
@@ -70,24 +40,12 @@ def fio(flat: Path, part: int, options: list[str], seed: int) -> bool:
             f"--size={THIRD}", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", f"--randseed={seed}",
             "--output-format=json", "--allow_file_create=0", "--verify_state_save=0", *options,
         ],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     (job,) = json.loads(result.stdout)["jobs"]
     assert (job["error"], job["write"]["total_ios"] > 100) == (0, True)
     return True
-
-
-@contextmanager
-def at_work(*tasks: Callable[[int], bool]) -> Iterator[list[Work]]:
-    """Have things done while the context lasts; the first that goes wrong is raised at its end."""
-    work = [Work(task) for task in tasks]
-    try:
-        yield work
-    finally:
-        failures = [failure for failure in (one.stop() for one in work) if failure is not None]
-    if failures:
-        raise failures[0]
 
 
 def under_load(flat: Path) -> list[Callable[[int], bool]]:
