@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "needs(*things): root, fuse, loop, autofs, guest-kernel, or programs that the test calls"
     )
+    seconds = os.environ.get("COWFS_SLOW_DISK")
+    if seconds and "COWFS_SLOW_HOST" not in os.environ:
+        _slow_down(config, float(seconds))
+
+
+def _slow_down(config: pytest.Config, seconds: float) -> None:
+    """Have all that this process starts, the workers too, wait so long at most at each fsync."""
+    directory = Path(tempfile.mkdtemp(prefix="cowfs-slow-disk-"))
+    config.add_cleanup(lambda: shutil.rmtree(directory))
+    host = SlowHost(build(directory), directory)
+    host.flushes.behaves(delay=seconds)
+    os.environ.update(host.environment)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

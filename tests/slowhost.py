@@ -86,7 +86,9 @@ class SlowHost:
         path.write_bytes(_SEED.pack(seed).ljust(_SEED.size + 5 * _KIND.size, b"\0"))
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 0)
-        self.prefix = ["env", f"LD_PRELOAD={library}", f"COWFS_SLOW_HOST={path}"]
+        #: what a program is to find in its environment
+        self.environment = {"LD_PRELOAD": str(library), "COWFS_SLOW_HOST": str(path)}
+        self.prefix = ["env", *(f"{name}={value}" for name, value in self.environment.items())]
         kinds = [Kind(self._memory, _SEED.size + number * _KIND.size) for number in range(5)]
         #: fsync and fdatasync; reads, writes; what takes or gives back space; copies in the kernel
         self.flushes, self.reads, self.writes, self.space, self.copies = self._kinds = kinds

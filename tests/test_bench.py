@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from commandline import PATIENCE
 
 _BENCHES = Path(__file__).parent.parent / "scripts" / "benches"
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -15,7 +16,7 @@ _SVG = "{http://www.w3.org/2000/svg}"
 
 def bench(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, _BENCHES / "compare.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def result(case: str, rounds: list[dict[str, float]], unit: str = "IOPS") -> dict[str, Any]:
@@ -137,7 +138,7 @@ def test_images_on_another_host_are_measured_and_nothing_is_left_behind(tmp_path
     words: list[str | Path] = ["--quick", "--without-qemu", "--delay", "2", "--folder", scratch, "--json", figures]
     command: list[str | Path] = [sys.executable, _BENCHES / "remote.py", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (0, "")
     facts = json.loads(figures.read_text())
     ways = {

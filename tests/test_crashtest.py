@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from commandline import PATIENCE
+
 _SCRIPT = Path(__file__).parent.parent / "scripts" / "crashes" / "powercuts.py"
 
 
 def crashtest(state: Path, *options: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, str(_SCRIPT), "--state", str(state), "--kind", "relabel", "--jobs", "1", "--qemu", "0"]
-    return subprocess.run([*words, *options], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*words, *options], capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_it_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mounting import Mounted, wait_for
 T = TypeVar("T")
 
 #: answers to others after which a call that still waits has gone as far as it can
-ANSWERS = 60
+ANSWERS = 40
 
 
 class Work:

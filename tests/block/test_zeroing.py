@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from commandline import PATIENCE
 from storages import Gate, MemoryStorage
 from trio.testing import wait_all_tasks_blocked
 
@@ -244,7 +245,7 @@ async def test_a_commit_moves_zeros_down_that_were_made_while_it_ran() -> None:
             guests.start_soon(disk.discard, 15 * CLUSTER, 3 * CLUSTER)
             await wait_all_tasks_blocked()
             gate.open()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             while job.state is State.NONE or job.state.is_active:
                 await trio.lowlevel.checkpoint()
         assert job.state is State.COMPLETED, job.error

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import trio
-from commandline import ok, qemu_img
+from commandline import PATIENCE, ok, qemu_img
 from imagetools import disk_at, disk_content, image_at, in_memory, qemu_content, qemu_create
 from isal import isal_zlib
 from powercut import RecordingStorage, after_cut
@@ -117,7 +117,7 @@ async def test_clusters_of_one_request_are_unpacked_side_by_side_and_remembered(
     unpack, together = compressed.unpack, threading.Barrier(4)
 
     def meet(packed: bytes, method: int, size: int) -> bytes:
-        together.wait(timeout=20)
+        together.wait(timeout=PATIENCE)
         return unpack(packed, method, size)
 
     monkeypatch.setattr(compressed, "unpack", meet)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 from chains import K, M, Writer, completed, view
-from commandline import ok, qemu_img, qemu_io
+from commandline import PATIENCE, ok, qemu_img, qemu_io
 from imagetools import assert_clean, commands, image_at, qemu_content, qemu_snapshots
 
 from cowfs.block.disk import Disk
@@ -222,7 +222,7 @@ async def test_a_pivot_leaves_no_snapshots_behind(tmp_path: Path, pivot: Pivot) 
     before = files.contents()
     async with files.opened() as disk:
         made = Commit(disk, pivot=pivot, alone=True)
-        with trio.fail_after(60):
+        with trio.fail_after(PATIENCE):
             await made.run()
     assert made.state is State.FAILED
     assert made.error == (

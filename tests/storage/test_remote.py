@@ -15,6 +15,7 @@ from httpservers import Handler, Web, drop, saying, stalled, status, web_server
 
 from cowfs.errors import CowfsError, NotFound, ReadOnly, StorageError, Unsupported, UsageError
 from cowfs.storage import Network, RemoteStorage, cache, is_remote, open_storage
+from cowfs.storage.ahead import Ahead
 from cowfs.storage.base import Region
 from cowfs.storage.cache import BLOCK
 from cowfs.storage.remote.address import without_credentials
@@ -89,13 +90,22 @@ async def test_what_has_come_in_is_not_asked_for_again(web: Web) -> None:
         )
 
 
-async def test_one_who_reads_in_order_is_served_ahead_by_several_requests(web: Web) -> None:
-    turn = threading.Semaphore(0)
+async def test_one_who_reads_in_order_is_served_ahead_by_several_requests(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = threading.Event()
 
     def slow(handler: Handler) -> bool:
-        turn.acquire(timeout=0.02)
+        if web.seen.at_once >= 3:
+            three.set()
+        found = handler.range_of(web.things["/disk.raw"])
+        # the reader is known by then
+        if found is not None and found[0] >= 2 << 20:
+            assert three.wait(PATIENCE)
         return False
 
+    # of a fast link, however fast this machine is
+    monkeypatch.setattr(Ahead, "measured", lambda self, *_: setattr(self, "rate", 1e9))
     async with opened(web.url("disk.raw")) as storage:
         web.fault = slow
         for offset in range(0, SIZE, 128 << 10):
