@@ -132,6 +132,23 @@ async def _expect_closed(storage: NbdStorage) -> None:
         await storage.read_bytes(0, 100)
 
 
+async def test_closing_ends_what_is_under_way_and_says_so(server: HostileServer) -> None:
+    """Wherever it is: not yet sent, sent, or waiting for the answer."""
+
+    async def silence(request: Request) -> None:
+        await trio.sleep_forever()
+
+    for steps in range(20):
+        storage = await opened(server)
+        server.before_reply = silence
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_expect_closed, storage)
+                for _ in range(steps):
+                    await trio.lowlevel.checkpoint()
+                await storage.close()
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [

@@ -83,7 +83,7 @@ class Link:
                 operation = Operation(missing, begin())
                 await session.perform(operation)
                 if operation.is_given_up:
-                    raise self._gone(self._reason)
+                    raise self._closed() if self._is_closed else self._gone(self._reason)
                 failures = [failure for request in missing if (failure := self._failure(request, session)) is not None]
                 if not failures:
                     return
@@ -124,6 +124,9 @@ class Link:
             said.message += f" ('{text}')"
         return said
 
+    def _closed(self) -> StorageError:
+        return StorageError("was closed", errno=errno.EBADF, file=self.name)
+
     def _gone(self, reason: Exception | None) -> StorageError:
         said = reason.message if isinstance(reason, CowfsError) else reason
         return StorageError(f"the NBD server is away: {said}", errno=errno.EIO, file=self.name)
@@ -152,7 +155,7 @@ class Link:
             news = self._news
             with trio.move_on_at(end if doubt is None else min(end, doubt.end)):
                 await news.wait()
-        raise StorageError("was closed", errno=errno.EBADF, file=self.name)
+        raise self._closed()
 
     def _doubt_about(self, requests: Sequence[Request]) -> Doubt | None:
         try:
