@@ -123,15 +123,6 @@ class Disk(Discarding):
 
     def write_now(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
         """Overwrite allocated space without suspending; False if any of it needs more than that."""
-        try:
-            return self._overwrite_now(offset, data)
-        except StorageError as error:
-            if lacks_space(error):
-                # what is a hole on the host by now; space may be owed
-                return False
-            raise
-
-    def _overwrite_now(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
         length = len(data)
         self._check_write(offset, length)
         if not self.lock.is_free(offset, offset + length):
@@ -139,29 +130,25 @@ class Disk(Discarding):
         top = self.layers[0]
         if not top.begun or offset < top.image.vetted:
             return False
-        place = top.image.place(offset, length)
-        if place >= 0:
-            self._about_to_write(offset, length)
-            done = top.data_storage.write_now(place, (data,))
-            if done:
-                self._count_write(length)
-            return done
-        extents = top.map_now(offset, length)
-        if extents is None:
-            return False
-        for extent in extents:
-            if extent.kind is not Kind.DATA:
-                return self._write_partial_now(offset, data, extents)
-        self._about_to_write(offset, length)
-        storage = top.data_storage
-        if len(extents) == 1:
-            done = storage.write_now(extents[0].host_offset, (data,))
-        else:
-            view = memoryview(data)
-            done = all(
-                storage.write_now(extent.host_offset, (view[extent.offset - offset :][: extent.length],))
-                for extent in extents
-            )
+        try:
+            place = top.image.place(offset, length)
+            if place >= 0:
+                self._about_to_write(offset, length)
+                done = top.data_storage.write_now(place, (data,))
+            else:
+                extents = top.map_now(offset, length)
+                if extents is None:
+                    return False
+                for extent in extents:
+                    if extent.kind is not Kind.DATA:
+                        return self._write_partial_now(offset, data, extents)
+                self._about_to_write(offset, length)
+                done = _write_pieces_now(top, offset, data, extents)
+        except StorageError as error:
+            if lacks_space(error):
+                # what was written before is a hole on the host by now, and space may be owed
+                return False
+            raise
         if done:
             self._count_write(length)
         return done
@@ -346,3 +333,16 @@ class Disk(Discarding):
 def _fetched(piece: Piece) -> bool:
     """Whether a piece is data that comes from below the active layer."""
     return piece.depth > 0 and piece.extent.kind in (Kind.DATA, Kind.SHARED, Kind.COMPRESSED)
+
+
+def _write_pieces_now(
+    layer: Layer, offset: int, data: bytes | bytearray | memoryview, extents: Sequence[Extent]
+) -> bool:
+    """Overwrite the extents that a range consists of; False if any of them would have to wait."""
+    storage = layer.data_storage
+    if len(extents) == 1:
+        return storage.write_now(extents[0].host_offset, (data,))
+    view = memoryview(data)
+    return all(
+        storage.write_now(extent.host_offset, (view[extent.offset - offset :][: extent.length],)) for extent in extents
+    )

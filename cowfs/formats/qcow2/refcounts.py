@@ -221,7 +221,7 @@ class Refcounts:
     def choose(self, count: int, after: int | None = None) -> tuple[int, int]:
         """Say which clusters `allocate` would take next, from what is known: (first, how many).
 
-        None, at the end of a storage that cannot grow.
+        No cluster at all where nothing is free and the storage cannot grow.
         """
         run = self._free.around(after) if after is not None else None
         if run is not None and after is not None:
@@ -231,17 +231,14 @@ class Refcounts:
         if start is not None:
             return start, count
         longest = self._free.longest()
-        is_full = self._next >= self.ample or self._room == 0
-        if longest is not None and (is_full or self._free.total > self._next // MAX_WASTE):
-            return longest[0], min(count, longest[1])
         if longest is not None:
-            count = min(count, self.ample - self._next)
-        return self._next, count if self._room is None else min(count, self._room)
-
-    @property
-    def _room(self) -> int | None:
-        """Clusters by which the storage can still grow; None where nobody knows."""
-        return None if self._limit is None else max(0, self._limit - self._next)
+            least = self.ample if self._limit is None else min(self.ample, self._limit)
+            if self._next >= least or self._free.total > self._next // MAX_WASTE:
+                return longest[0], min(count, longest[1])
+            count = min(count, least - self._next)
+        if self._limit is not None:
+            count = max(0, min(count, self._limit - self._next))
+        return self._next, count
 
     def would_grow(self, count: int, after: int | None = None) -> bool:
         """Whether `allocate` would take new clusters at the end of the file, or find none."""
