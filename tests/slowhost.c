@@ -22,7 +22,7 @@
 
 enum { FLUSH, READ, WRITE, SPACE, COPY, KINDS };
 
-/* One kind of calls. Shares are in 1/65536. A test writes all but `waiting` and `calls`, and counts `holds` up. */
+/* One kind of calls. Shares are in 1/65536. A test writes all but `waiting`. */
 struct kind {
     uint64_t inode;            /* of the only file that the gate and the delay are for; 0: all */
     uint32_t delay;            /* microseconds; calls take up to that longer */
@@ -31,7 +31,6 @@ struct kind {
     _Atomic uint32_t holds;    /* calls that the gate is still to hold */
     _Atomic uint32_t opened;   /* changes when the gate lets those go that it holds */
     _Atomic uint32_t waiting;  /* calls that the gate holds */
-    _Atomic uint32_t calls;    /* calls so far */
 };
 
 struct host {
@@ -101,7 +100,6 @@ static void enter(int number, int file)
 
     if (!concerns(kind, file))
         return;
-    atomic_fetch_add(&kind->calls, 1);
     if (is_held(kind)) {
         atomic_fetch_add(&kind->waiting, 1);
         while (atomic_load(&kind->opened) == opened)

@@ -14,8 +14,8 @@ from mounting import wait_for
 
 #: of ``struct host`` and ``struct kind``
 _SEED = struct.Struct("Q")
-_KIND = struct.Struct("QIIIIIII4x")
-_DELAY, _DECLINES, _SHORTENS, _HOLDS, _OPENED, _WAITING, _CALLS = range(8, 36, 4)
+_KIND = struct.Struct("QIIIIII")
+_DELAY, _DECLINES, _SHORTENS, _HOLDS, _OPENED, _WAITING = range(8, 32, 4)
 _ALL = (1 << 32) - 1
 
 
@@ -64,18 +64,9 @@ class Kind:
         self._set(_HOLDS, 0)
         self._set(_OPENED, self._get(_OPENED) + 1)
 
-    @property
-    def calls(self) -> int:
-        """How many there were so far."""
-        return self._get(_CALLS)
-
-    def is_holding(self, calls: int = 1) -> bool:
-        """Whether the gate holds so many calls."""
-        return self._get(_WAITING) >= calls
-
-    def has_arrived(self, calls: int = 1) -> None:
-        """Wait until the gate holds so many calls."""
-        wait_for("the server to come to the gate", lambda: self.is_holding(calls))
+    def has_arrived(self) -> None:
+        """Wait until the gate holds a call."""
+        wait_for("the server to come to the gate", lambda: self._get(_WAITING) > 0)
 
 
 class SlowHost:
