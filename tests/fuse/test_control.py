@@ -187,7 +187,12 @@ async def test_layers_that_are_merged_away_say_so(chain: Path) -> None:
         ("stream", "speed=1M", errno.EINVAL, "no stream job is active, so there is nothing to speed"),
         ("stream", "start speed=x", errno.EINVAL, "'x' is not a size"),
         ("stream", "start speed", errno.EINVAL, "stream has no key 'speed'"),
-        ("stream", "start sped=1", errno.EINVAL, "stream has no key 'sped'; it takes base, on-error, speed, trace"),
+        (
+            "stream",
+            "start sped=1",
+            errno.EINVAL,
+            "stream has no key 'sped'; it takes backing-names, base, on-error, speed, trace",
+        ),
         ("stream", "start base=x", errno.EINVAL, "base=x: 'x' is not the number of a layer"),
         ("stream", "start base=-1", errno.EINVAL, "base=-1: '-1' is not the number of a layer"),
         ("stream", "start base=3", errno.ENOENT, "base=3: there is no such layer; the chain has 0, the deepest, to 2"),
