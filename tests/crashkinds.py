@@ -19,6 +19,7 @@ from steadysteps import steady_steps
 from storages import MemoryStorage
 from trio._core import _run
 
+from cowfs.block import metacache
 from cowfs.block.chain import Chain
 from cowfs.block.check import Repair
 from cowfs.block.disk import Disk
@@ -330,15 +331,20 @@ KINDS: dict[str, tuple[Callable[[Scene], Awaitable[None]], list[str]]] = {
     "again": (again, list(VARIANTS)),
     "repair": (repair, list(VARIANTS)),
 }
+#: begins the name of a kind of which everything is the same, but that storages hold operations
+HELD = "held-"
+KINDS |= {HELD + kind: run for kind, run in KINDS.items()}
 PAIRS = [(kind, variant) for kind, (_, variants) in KINDS.items() for variant in variants]
 
 
 async def _record(kind: str, variant: str, seed: int) -> Scene:
-    scene = Scene(variant, seed)
+    scene = Scene(variant, seed, held=kind.startswith(HELD))
     # also none: then guests are held off each part of the disk while it is copied, made durable and dropped
     gentle = (seed + len(variant)) % 3
     with (
         patch.multiple(commit_job, FIRM_STEP=STEP, BATCH=BATCH, GENTLE_PASSES=gentle),
+        # who rests keeps nothing
+        patch.object(metacache, "RESTING_BOUND", 0),
         pytest.MonkeyPatch.context() as patches,
     ):
         steady_steps(patches, STEP)
