@@ -181,18 +181,20 @@ class Scene:
             storage.begin()
 
     @asynccontextmanager
-    async def session(self, *, copy_on_read: bool = True) -> AsyncIterator[None]:
-        """Have the disk open, and close it, which acknowledges everything."""
+    async def session(self, *, copy_on_read: bool = True, alone: bool = False) -> AsyncIterator[None]:
+        """Have the disk open, and close it, which acknowledges everything; ``alone``, for who takes no locks."""
         files = {name: bytes(storage.content) for name, storage in self.storages.items()}
         layers = await self._open(dict(self.storages), *await self.entry(len(self.journal), files))
         self.disk = Disk(layers, copy_on_read=copy_on_read, flush_interval=1e9)
         async with trio.open_nursery() as nursery:
             await nursery.start(self.disk.run)
-            if self.holding is not None:
+            if self.holding is not None and not alone:
                 self.holding.on_hold = self._rest
                 nursery.start_soon(self._unrest, self.holding)
             yield
             nursery.cancel_scope.cancel()
+        if self.holding is not None:
+            self.holding.on_hold = lambda: None
         gone = self.guest.mark()
         await self.disk.close()
         self.guest.acknowledge(gone, len(self.journal))

@@ -200,7 +200,7 @@ async def rebase(scene: Scene) -> None:
     for name in ("other", "base", None)[: scene.chooser.randrange(1, 4)]:
         async with scene.session(copy_on_read=False):
             await scene.work(6, "zero", "discard")
-        async with scene.session(copy_on_read=False):
+        async with scene.session(copy_on_read=False, alone=True):
             below = RawImage(MemoryStorage(name, bytes(scene.storages[name].content), read_only=True)) if name else None
             await _Rebase(scene.disk, Chain([Layer(below)]) if below else None, lambda done, size: None).run()
             await scene.disk.flush()
@@ -247,7 +247,8 @@ async def relabel(scene: Scene) -> None:
             if scene.chooser.random() < 0.5:
                 name, stamp = scene.chooser.choice(names), None
                 states.append((begun, 1 << 60, name, stamp))
-                await scene.disk.layers[0].set_backing(Backing(name, "raw"))
+                async with scene.disk.lock.hold(0, 1 << 63):
+                    await scene.disk.layers[0].set_backing(Backing(name, "raw"))
             else:
                 stamp = scene.chooser.choice([None, scene.chooser.randbytes(73)])
                 states.append((begun, 1 << 60, name, stamp))
