@@ -18,7 +18,7 @@ from typing import NamedTuple
 import trio
 from imagetools import reach_of_drop
 from powercut import SECTOR, Flushed, Journal, RecordingStorage, Remains
-from slowhost import Holding
+from slowstorage import Holding
 from storages import MemoryStorage
 
 from cowfs.block.check import Repair

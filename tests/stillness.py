@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import trio
-from slowhost import Holding, files_in_the_loop
+from slowstorage import Holding, files_in_the_loop
 from trio._core import _run
 from trio.testing import MockClock, wait_all_tasks_blocked
 

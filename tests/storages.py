@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 import trio
-from slowhost import Holding
+from slowstorage import Holding
 
 from cowfs.storage.base import ReadBuffers, Region, Storage, WriteBuffers
 

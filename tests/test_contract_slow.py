@@ -17,7 +17,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slowhost import Holding, files_in_the_loop
+from slowstorage import Holding, files_in_the_loop
 from test_contract import SIZE, STACKS, Stack
 from trio._core import _run
 from trio.testing import MockClock

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from slowhost import Holding, files_in_the_loop
+from slowstorage import Holding, files_in_the_loop
 from storages import MemoryStorage
 
 from cowfs.storage.file import FileStorage
