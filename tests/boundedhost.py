@@ -52,12 +52,12 @@ class FullFileSystem(RecordingStorage):
             raise StorageError("cannot take space", errno=self.error, file=self.name)
         super().take_space(offset, length)
 
-    async def punch(self, offset: int, length: int) -> None:
-        await super().punch(offset, length)
+    def _make_hole(self, offset: int, length: int) -> None:
+        super()._make_hole(offset, length)
         self.blocks -= set(range(-(-offset // BLOCK), (offset + length) // BLOCK))
 
-    async def truncate(self, length: int) -> None:
-        await super().truncate(length)
+    def _cut(self, length: int) -> None:
+        super()._cut(length)
         self.blocks = {number for number in self.blocks if number * BLOCK < length}
 
 

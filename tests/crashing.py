@@ -18,6 +18,7 @@ from typing import NamedTuple
 import trio
 from imagetools import reach_of_drop
 from powercut import SECTOR, Flushed, Journal, RecordingStorage, Remains
+from slowstorage import Holding
 from storages import MemoryStorage
 
 from cowfs.block.check import Repair
@@ -116,12 +117,16 @@ class Guest:
 
 
 class Scene:
-    """An overlay "top" over "base"; ``journal`` is what was done to all files since `begin`."""
+    """An overlay "top" over "base"; ``journal`` is what was done to all files since `begin`.
 
-    def __init__(self, variant: str, seed: int) -> None:
+    With ``held``, storages hold operations while everything else goes on, with what goes on behind a disk let loose.
+    """
+
+    def __init__(self, variant: str, seed: int, *, held: bool = False) -> None:
         self.variant = VARIANTS[variant]
         self.driver = DRIVERS[self.variant.format]
         self.chooser = random.Random(f"{variant} {seed}")
+        self.holding = Holding(f"{variant} {seed}") if held else None
         self.journal: Journal = []
         self.storages: dict[str, RecordingStorage] = {}
         #: other names of files
@@ -162,6 +167,7 @@ class Scene:
         """A file, in place of one of that name."""
         cold = self.chooser.random() < 0.3
         storage = RecordingStorage(name, content, cold=cold, read_only=read_only, journal=self.journal)
+        storage.holding = self.holding
         self.storages[name] = storage
         return storage
 
@@ -175,18 +181,35 @@ class Scene:
             storage.begin()
 
     @asynccontextmanager
-    async def session(self, *, copy_on_read: bool = True) -> AsyncIterator[None]:
-        """Have the disk open, and close it, which acknowledges everything."""
+    async def session(self, *, copy_on_read: bool = True, alone: bool = False) -> AsyncIterator[None]:
+        """Have the disk open, and close it, which acknowledges everything; ``alone``, for who takes no locks."""
         files = {name: bytes(storage.content) for name, storage in self.storages.items()}
         layers = await self._open(dict(self.storages), *await self.entry(len(self.journal), files))
         self.disk = Disk(layers, copy_on_read=copy_on_read, flush_interval=1e9)
         async with trio.open_nursery() as nursery:
             await nursery.start(self.disk.run)
+            if self.holding is not None and not alone:
+                self.holding.on_hold = self._rest
+                nursery.start_soon(self._unrest, self.holding)
             yield
             nursery.cancel_scope.cancel()
+        if self.holding is not None:
+            self.holding.on_hold = lambda: None
         gone = self.guest.mark()
         await self.disk.close()
         self.guest.acknowledge(gone, len(self.journal))
+
+    def _rest(self) -> None:
+        """As on a disk that was idle: most tables go."""
+        if self.chooser.random() < 0.5:
+            for layer in self.disk.layers:
+                layer.image.rest()
+
+    async def _unrest(self, holding: Holding) -> None:
+        """While one thing is held, everything begins that guests did not ask for."""
+        while True:
+            await holding.held_again()
+            await getattr(self.disk, self.chooser.choice(["sync", "sync", "settle", "compact"]))()
 
     def top_at(self, moment: int) -> str:
         """Name of the image that is the active layer after so many steps."""
@@ -291,8 +314,10 @@ class Scene:
 
     async def work(self, count: int, *also: str) -> None:
         """Do so many things at random: writes, reads, flushes, and what else is named."""
+        # where things are held, there is something to do meanwhile
+        together = ["write_together"] * (1 if self.holding is None else 4)
         for _ in range(count):
-            await getattr(self, self.chooser.choice(["write"] * 6 + ["read", "flush", "write_together", *also]))()
+            await getattr(self, self.chooser.choice(["write"] * 6 + ["read", "flush", *together, *also]))()
 
     # -- what must be there when the power goes
 
@@ -450,7 +475,8 @@ def _qemu_check(path: Path, format: str, *options: str) -> dict[str, int]:
 async def open_one(storage: Storage, format: str) -> Image:
     if format == "raw":
         return RawImage(storage)
-    image: Image = await DRIVERS[format].open_image(storage)
+    # of tables, as few as can be are kept
+    image: Image = await DRIVERS[format].open_image(storage, cache_size=0)
     return image
 
 

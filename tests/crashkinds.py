@@ -19,6 +19,7 @@ from steadysteps import steady_steps
 from storages import MemoryStorage
 from trio._core import _run
 
+from cowfs.block import metacache
 from cowfs.block.chain import Chain
 from cowfs.block.check import Repair
 from cowfs.block.disk import Disk
@@ -199,7 +200,7 @@ async def rebase(scene: Scene) -> None:
     for name in ("other", "base", None)[: scene.chooser.randrange(1, 4)]:
         async with scene.session(copy_on_read=False):
             await scene.work(6, "zero", "discard")
-        async with scene.session(copy_on_read=False):
+        async with scene.session(copy_on_read=False, alone=True):
             below = RawImage(MemoryStorage(name, bytes(scene.storages[name].content), read_only=True)) if name else None
             await _Rebase(scene.disk, Chain([Layer(below)]) if below else None, lambda done, size: None).run()
             await scene.disk.flush()
@@ -246,7 +247,8 @@ async def relabel(scene: Scene) -> None:
             if scene.chooser.random() < 0.5:
                 name, stamp = scene.chooser.choice(names), None
                 states.append((begun, 1 << 60, name, stamp))
-                await scene.disk.layers[0].set_backing(Backing(name, "raw"))
+                async with scene.disk.lock.hold(0, 1 << 63):
+                    await scene.disk.layers[0].set_backing(Backing(name, "raw"))
             else:
                 stamp = scene.chooser.choice([None, scene.chooser.randbytes(73)])
                 states.append((begun, 1 << 60, name, stamp))
@@ -330,15 +332,20 @@ KINDS: dict[str, tuple[Callable[[Scene], Awaitable[None]], list[str]]] = {
     "again": (again, list(VARIANTS)),
     "repair": (repair, list(VARIANTS)),
 }
+#: begins the name of a kind of which everything is the same, but that storages hold operations
+HELD = "held-"
+KINDS |= {HELD + kind: run for kind, run in KINDS.items()}
 PAIRS = [(kind, variant) for kind, (_, variants) in KINDS.items() for variant in variants]
 
 
 async def _record(kind: str, variant: str, seed: int) -> Scene:
-    scene = Scene(variant, seed)
+    scene = Scene(variant, seed, held=kind.startswith(HELD))
     # also none: then guests are held off each part of the disk while it is copied, made durable and dropped
     gentle = (seed + len(variant)) % 3
     with (
         patch.multiple(commit_job, FIRM_STEP=STEP, BATCH=BATCH, GENTLE_PASSES=gentle),
+        # who rests keeps nothing
+        patch.object(metacache, "RESTING_BOUND", 0),
         pytest.MonkeyPatch.context() as patches,
     ):
         steady_steps(patches, STEP)

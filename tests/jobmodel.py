@@ -7,7 +7,8 @@ what may be in a layer that a job writes to.
 import hashlib
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,9 @@ from chains import ChainFiles, view
 from commandline import ok, qemu_img
 from stillness import StillLoop
 
-from cowfs.block.alignment import align_up
+from cowfs.block.alignment import align_down, align_up
 from cowfs.block.disk import Disk
-from cowfs.errors import Busy, Stale, Unsupported
+from cowfs.errors import Busy, OutOfRange, Stale, Unsupported
 from cowfs.formats.chain import open_chain
 from cowfs.fuse.control import MOUNT_FILES
 from cowfs.fuse.handles import LayerHandle
@@ -135,7 +136,12 @@ class World:
     def __post_init__(self) -> None:
         top = self.levels[-1]
         self._active = (str(top.path), "vm", top.format)
-        self._growing = trio.Lock()
+        self._resizing = trio.Lock()
+        # of the disk: that have begun, and whether one is under way
+        self._shrinks = 0
+        self._shrinking = False
+        self._neighbours = 0
+        self.snapshots_under_way = 0
 
     @classmethod
     def copied(cls, loop: StillLoop, files: ChainFiles, folder: Path, *, copy_on_read: bool) -> "World":
@@ -150,7 +156,7 @@ class World:
     # -- serving
 
     async def open(self, *, resume: bool = True) -> None:
-        settings = Settings(copy_on_read=self.copy_on_read, resume_jobs=resume)
+        settings = Settings(copy_on_read=self.copy_on_read, resume_jobs=resume, cache_size=0, allow_shrink=True)
         self._mount = Mount("/nowhere", settings, frozenset(MOUNT_FILES))
         await self._mount.add(Source(*self._active))
         self.spoiled.clear()
@@ -227,21 +233,43 @@ class World:
     async def write(self, offset: int, data: bytes) -> None:
         self.written.append((offset, data))
         self.under_way.append((offset, data))
-        if not self.disk.write_now(offset, data):
-            await self.disk.write(offset, data)
-        self.model[offset : offset + len(data)] = data
-        self.under_way.remove((offset, data))
+        try:
+            with self._may_be_cut_off():
+                if not self.disk.write_now(offset, data):
+                    await self.disk.write(offset, data)
+                self.model[offset : offset + len(data)] = data
+        finally:
+            self.under_way.remove((offset, data))
+
+    @contextmanager
+    def _may_be_cut_off(self) -> Iterator[None]:
+        """What is asked for may come to lie beyond the end, if the disk is made smaller meanwhile."""
+        begun = self._shrinks - self._shrinking
+        try:
+            yield
+        except OutOfRange:
+            assert self._shrinks > begun, "it is beyond the end although the disk has not shrunk"
 
     async def zero(self, offset: int, length: int, unmap: bool) -> None:
         """A guest says that a range is zeros, or discards it."""
         data = bytes(length)
         self.written.append((offset, data))
         self.under_way.append((offset, data))
-        if unmap:
-            await self.disk.discard(offset, length)
-        else:
-            await self.disk.write_zeroes(offset, length, unmap=False)
-        self.model[offset : offset + length] = data
+        is_done = False
+        with self._may_be_cut_off():
+            if unmap:
+                await self.disk.discard(offset, length)
+            else:
+                await self.disk.write_zeroes(offset, length, unmap=False)
+            self.model[offset : offset + length] = data
+            is_done = True
+        if not is_done:
+            # step by step: as far as it has come
+            async with self._resizing:
+                before = bytes(self.model[offset : offset + length])
+                found = bytes(await self.disk.read(offset, len(before))) if before else b""
+                require_explained(found, [before], [(0, data)], "what was zeroed in part")
+                self.model[offset : offset + len(found)] = found
         self.under_way.remove((offset, data))
 
     async def read(self, offset: int, length: int) -> None:
@@ -249,10 +277,14 @@ class World:
         before, seen = bytes(self.model[offset : offset + length]), len(self.written)
         racing = list(self.under_way)
         buffer = bytearray(length)
-        if not self.disk.readinto_now(offset, memoryview(buffer)):
-            await self.disk.readinto(offset, memoryview(buffer))
+        with self._may_be_cut_off():
+            if not self.disk.readinto_now(offset, memoryview(buffer)):
+                await self.disk.readinto(offset, memoryview(buffer))
+            self._check_read(offset, bytes(buffer), before, seen, racing)
+
+    def _check_read(self, offset: int, data: bytes, before: bytes, seen: int, racing: list[Write]) -> None:
         racing += self.written[seen:]
-        require_explained(bytes(buffer), [before], _within(racing, offset, length), "a read")
+        require_explained(data, [before], _within(racing, offset, len(data)), "a read")
 
     async def verify(self) -> None:
         """All of the disk, at rest or not."""
@@ -293,7 +325,8 @@ class World:
             parts = [part[offset : offset + length] for part in (expected, *running.parts)]
             require_explained(data, parts, _within(self._drained(running), offset, length), "the base of a commit")
             return
-        assert data == expected[offset : offset + length], f"layer {number} shows something else"
+        # zeros behind that, if it has grown meanwhile
+        require_explained(data, [expected[offset : offset + length]], [], f"layer {number}")
 
     # -- commands
 
@@ -318,15 +351,22 @@ class World:
     async def snapshot(self, name: str, format: str) -> None:
         """Put an overlay on top. What is frozen has each write that was under way, or has it not."""
         before, seen, racing = bytes(self.model), len(self.written), list(self.under_way)
+        begun = self._shrinks - self._shrinking
         path = self.levels[-1].path.with_name(name)
+        self.snapshots_under_way += 1
         try:
             await self.served.put_overlay(name, format)
         except Busy:
-            assert self.disk.size > len(before), "it is refused although the disk has not grown"
+            changed = self.disk.size != len(before) or self._shrinks > begun
+            assert changed, "it is refused although the disk has kept its size"
             assert not path.exists()
             return
+        finally:
+            self.snapshots_under_way -= 1
         racing += self.written[seen:]
-        frozen = bytes(await self.disk.read(0, len(before), 1))
+        # it may have grown before that
+        frozen = bytes(await self.disk.read(0, self.disk.layers[1].size, 1))
+        before = before.ljust(len(frozen), b"\0")
         for offset, data in racing:
             part = frozen[offset : offset + len(data)]
             assert part in (data, before[offset : offset + len(data)]), "a write is half in a snapshot"
@@ -336,7 +376,7 @@ class World:
 
     async def grow_by(self, length: int, largest: int) -> None:
         """Grow to whole sectors more, one after the other."""
-        async with self._growing:
+        async with self._resizing:
             size = min(largest, align_up(len(self.model) + length, 512))
             if size > len(self.model):
                 try:
@@ -346,6 +386,64 @@ class World:
                     return
                 self.model.extend(bytes(size - len(self.model)))
 
+    async def shrink_by(self, length: int) -> None:
+        """Shrink by whole sectors, one after the other; refused where a job or a snapshot is under way."""
+        async with self._resizing:
+            before = len(self.model)
+            size = max(512, align_down(before - length, 512))
+            if size >= before:
+                return
+            lost = (size, bytes(before - size))
+            self.written.append(lost)
+            self.under_way.append(lost)
+            self._shrinks += 1
+            self._shrinking = True
+            beside = self.running is not None or self.snapshots_under_way
+            try:
+                await self.served.resize(size)
+                del self.model[size:]
+            except Busy:
+                assert beside or self.running is not None or self.snapshots_under_way
+            except Unsupported:
+                assert self.levels[-1].format == "qed"
+            finally:
+                self._shrinking = False
+                self.under_way.remove(lost)
+
+    # -- behind the disk
+
+    def rest(self) -> None:
+        """As on a disk that nobody has used for a while."""
+        for layer in self.disk.layers:
+            layer.image.rest()
+
+    def flush_behind(self) -> None:
+        """Begin a flush for which nobody waits."""
+        self._nursery.start_soon(self.disk.sync)
+
+    async def compact(self) -> None:
+        """As at the end of jobs, which do it themselves."""
+        if self.running is None:
+            await self.disk.compact()
+
+    async def neighbour(self, number: int) -> None:
+        """Add a layer below the active one to the mount as a disk of its own, look at it, and take it out again."""
+        level, running = self.levels[number % len(self.levels)], self.running
+        if level is self.levels[-1]:
+            return
+        self._neighbours += 1
+        name = f"neighbour{self._neighbours}"
+        try:
+            await self._mount.add(Source(str(level.path), name, level.format, read_only=True))
+        except (Busy, Stale):
+            assert running is not None or self.running is not None or level in self.spoiled
+            return
+        disk = self._mount.images[name].disk
+        shown = bytes(await disk.read(0, disk.size))
+        if running is None and self.running is None:
+            assert shown == level.view, f"a disk of {level.path.name} shows something else"
+        await self._mount.remove(name)
+
     # -- what jobs leave
 
     def progress(self) -> None:
@@ -354,7 +452,9 @@ class World:
         if running is not None:
             job = running.job
             assert running.offset <= job.offset <= job.length
-            assert running.length <= job.length <= len(self.model), (running.length, job.length, len(self.model))
+            # a layer may be longer than a disk that was made smaller
+            longest = max(len(self.model), *(len(level.view) for level in running.levels))
+            assert running.length <= job.length <= longest, (running.length, job.length, longest)
             running.offset, running.length = job.offset, job.length
 
     async def settle_job(self) -> None:

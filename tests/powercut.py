@@ -72,8 +72,8 @@ class RecordingStorage(MemoryStorage):
         await super().flush()
         self._record(Flushed(covered))
 
-    async def truncate(self, length: int) -> None:
-        await super().truncate(length)
+    def _cut(self, length: int) -> None:
+        super()._cut(length)
         self._record(length)
 
     def take_space(self, offset: int, length: int) -> None:
@@ -82,8 +82,8 @@ class RecordingStorage(MemoryStorage):
         if len(self.content) > before:
             self._record(len(self.content))
 
-    async def punch(self, offset: int, length: int) -> None:
-        await super().punch(offset, length)
+    def _make_hole(self, offset: int, length: int) -> None:
+        super()._make_hole(offset, length)
         end = min(offset + length, len(self.content))
         if offset < end:
             start, end = align_down(offset, SECTOR), align_up(end, SECTOR)

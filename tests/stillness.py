@@ -1,23 +1,22 @@
 """A trio loop in which nothing happens but what a test lets happen, the same every time.
 
 Time stands still until it is moved, what otherwise runs in threads runs in the loop, jobs stop before every step, and
-tasks that could go on go on in an order that a seed decides.
+tasks that could go on go on in an order that a seed decides. On a host that holds operations, some of them outlast what
+the test does next.
 """
 
 import random
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from typing import Any, TypeVar
 from unittest.mock import patch
 
 import trio
+from slowstorage import Holding, files_in_the_loop
 from trio._core import _run
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from cowfs.jobs.job import Job
-from cowfs.storage.base import WriteBuffers
-from cowfs.storage.file import FileStorage
 
 T = TypeVar("T")
 
@@ -52,17 +51,22 @@ class Steps:
 
 
 class StillLoop:
-    """The loop, in a thread of its own. ``cold`` has every read and write of a file wait."""
+    """The loop, in a thread of its own.
 
-    def __init__(self, seed: int, *, cold: bool) -> None:
+    ``cold`` has every read and write of a file wait. ``held`` has any operation of the host wait while others go
+    on, and the kernel do less than it is asked for.
+    """
+
+    def __init__(self, seed: int, *, cold: bool, held: bool = False) -> None:
         self.chooser = random.Random(seed)
         self.steps = Steps()
+        self.holding = Holding(seed) if held else None
         self._clock = MockClock()
         self._cold = cold
         self._token: trio.lowlevel.TrioToken
         self._failure: BaseException | None = None
         self._started = threading.Event()
-        self._patches = ExitStack()
+        self._patches = files_in_the_loop(self.detour, self._declines, self.holding.short if self.holding else None)
         self._patch(seed)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -75,36 +79,20 @@ class StillLoop:
             await steps.take()
             await advance(job, offset, copied)
 
-        write_now = FileStorage.write_now
-
-        async def write(storage: FileStorage, offset: int, buffers: WriteBuffers) -> None:
-            await self.detour()
-            write_now(storage, offset, buffers)
-            await self.detour()
-
         put = self._patches.enter_context
         _run._r.seed(seed)
         put(patch.object(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True))
-        put(patch.object(trio.to_thread, "run_sync", self._run_here))
         put(patch.object(Job, "advance", step))
-        if self._cold:
-            put(patch.object(FileStorage, "read_now", lambda *_: False))
-            put(patch.object(FileStorage, "write_now", lambda *_: False))
-            put(patch.object(FileStorage, "write", write))
 
-    async def _run_here(self, function: Callable[..., T], *args: object, **_: object) -> T:
-        await trio.lowlevel.checkpoint_if_cancelled()
-        # like a thread, it is not called off once it has begun
-        with trio.CancelScope(shield=True):
-            await self.detour()
-            result = function(*args)
-            await self.detour()
-        return result
+    def _declines(self) -> bool:
+        return self._cold or (self.holding is not None and self.holding.declines())
 
     async def detour(self) -> None:
         """Let others go first, for a while."""
         for _ in range(self.chooser.randrange(DETOURS)):
             await trio.lowlevel.checkpoint()
+        if self.holding is not None:
+            await self.holding.pause()
 
     def _run(self) -> None:
         try:
@@ -121,9 +109,11 @@ class StillLoop:
             await trio.sleep_forever()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Call from outside, and return once that is done and nothing else can go on."""
+        """Call from outside, and return once that is done and nothing else can go on, but for what is held longer."""
 
         async def call() -> T:
+            if self.holding is not None:
+                return await self.holding.answer(function, *args)
             result = await function(*args)
             await wait_all_tasks_blocked()
             return result
@@ -146,6 +136,8 @@ class StillLoop:
         """End everything in it; raises what has gone wrong behind the test's back."""
 
         async def end() -> None:
+            if self.holding is not None:
+                self.holding.let_go()
             self.nursery.cancel_scope.cancel()
 
         try:

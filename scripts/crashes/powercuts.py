@@ -1,6 +1,7 @@
 """Many power cuts: run after run of what changes an image, each cut off at many moments, with many kinds of losses.
 
-Runs differ by kind, format and seed; which ones there are depends on --seed alone. What was done is written to a state
+Runs differ by kind, format and seed; which ones there are depends on --seed alone. Kinds that begin with "held-" are on
+a host that holds operations while everything else goes on. What was done is written to a state
 file, so that the same command goes on where it was broken off. The run ends when enough states were tried; it fails if
 any of them was wrong, and says how to see that again.
 """
@@ -95,11 +96,11 @@ class Record:
             row = figures.setdefault((kind, variant), [0, 0, 0, 0])
             for column, value in enumerate((1, entry["states"], entry["qemu"], len(entry["failures"]))):
                 row[column] += value
-        print(f"{'kind':12}{'format':16}{'runs':>8}{'states':>10}{'QEMU':>8}{'failures':>10}")
+        print(f"{'kind':16}{'format':16}{'runs':>8}{'states':>10}{'QEMU':>8}{'failures':>10}")
         for (kind, variant), row in sorted(figures.items()):
-            print(f"{kind:12}{variant:16}{row[0]:8}{row[1]:10}{row[2]:8}{row[3]:10}")
+            print(f"{kind:16}{variant:16}{row[0]:8}{row[1]:10}{row[2]:8}{row[3]:10}")
         total = [sum(column) for column in zip(*figures.values(), strict=True)] or [0] * 4
-        print(f"{'all':28}{total[0]:8}{total[1]:10}{total[2]:8}{total[3]:10}")
+        print(f"{'all':32}{total[0]:8}{total[1]:10}{total[2]:8}{total[3]:10}")
         for name, entry in self.done.items():
             for state, text in entry["failures"]:
                 print(f"scripts/crashtest --again {name}/{state}   # {text}")

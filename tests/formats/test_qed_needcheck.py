@@ -245,6 +245,32 @@ async def test_closing_clears_it_behind_a_flush() -> None:
 # -- after a crash
 
 
+async def test_closing_leaves_no_leaks_whenever_it_breaks_off_what_settles() -> None:
+    """As an unmount does that comes while a disk has gone quiet: whatever is under way is called off."""
+    is_broken_off, moments = True, 0
+    while is_broken_off:
+        storage = MemoryStorage("top", cold=True)
+        await qed.create(storage, M, None, OPTIONS)
+        image = await qed.open_image(storage)
+        disk = Disk([Layer(image)])
+        for number in range(8):
+            await disk.write(number * CLUSTER, bytes([number]) * CLUSTER)
+        await image.deallocate(0, 3 * CLUSTER)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(disk.settle)
+            for _ in range(moments):
+                await trio.lowlevel.checkpoint()
+            is_broken_off = image.dirty
+            nursery.cancel_scope.cancel()
+        await disk.close()
+        moments += 1
+        again = await qed.open_image(MemoryStorage("top", bytes(storage.content)))
+        found = await again.check()
+        assert (again.dirty, found.leaks, found.corruptions) == (False, 0, 0), moments
+        assert await Disk([Layer(again)]).read(3 * CLUSTER, 512) == bytes([3]) * 512
+    assert moments > 10
+
+
 async def test_crash_leaves_leaks_that_are_found_and_used(tmp_path: Path) -> None:
     path = await make(tmp_path / "disk.qed", 8 * M, cluster_size="4096")
     disk = await open_disk(str(path), "qed", writable=True)

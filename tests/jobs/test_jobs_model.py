@@ -24,6 +24,7 @@ from jobmodel import World, fresh_bytes
 from steadysteps import steady_steps
 from stillness import StillLoop
 
+from cowfs.block import metacache
 from cowfs.block.alignment import align_down
 from cowfs.errors import Busy, CowfsError, UsageError
 from cowfs.jobs import commit, stream
@@ -62,6 +63,8 @@ PLANS: dict[str, Plan] = {
         ("qcow2", {}, 1300 * K),
     ],
     "small": [("qcow2", {"cluster_size": 512}, 300 * K), ("qcow2", {"cluster_size": 4096}, 300 * K)],
+    # more tables than the smallest cache holds
+    "tables": [("raw", {}, 400 * K), ("qcow2", {"cluster_size": 512, "refcount_bits": 64}, 700 * K)],
 }
 EXAMPLES = int(os.environ.get("COWFS_EXAMPLES", "25"))
 
@@ -77,6 +80,7 @@ BUSY = st.lists(
             ["write"] * 4
             + ["read"] * 2
             + ["zero", "discard", "step", "flush", "look", "cancel", "pause", "resume", "grow"]
+            + ["rest", "settle", "compact", "shrink", "flush_behind", "neighbour"]
         ),
         st.integers(0, 12),
         PLACES,
@@ -124,10 +128,15 @@ class JobsMachine(RuleBasedStateMachine):
         #: whether nothing has gone wrong so far
         self.is_sound = True
 
-    @initialize(plan=st.sampled_from(sorted(PLANS)), seed=st.integers(0, 1000), cold=st.booleans(), copy=st.booleans())
-    def set_up(self, plan: str, seed: int, cold: bool, copy: bool) -> None:
+    @initialize(
+        plan=st.sampled_from(sorted(PLANS)),
+        seed=st.integers(0, 1000),
+        host=st.sampled_from(["warm", "cold", "held", "held"]),
+        copy=st.booleans(),
+    )
+    def set_up(self, plan: str, seed: int, host: str, copy: bool) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.loop = StillLoop(seed, cold=cold)
+        self.loop = StillLoop(seed, cold=host == "cold", held=host == "held")
         self.world = World.copied(self.loop, self.templates[plan], Path(self.folder.name), copy_on_read=copy)
         self.loop.call(self.world.open)
 
@@ -168,8 +177,10 @@ class JobsMachine(RuleBasedStateMachine):
     def _do(self, function: Callable[..., Any], *args: object) -> None:
         """Do it, and look at everything."""
         assert self.loop is not None
-        world = self.world
-        world.mark, world.before = len(world.written), bytes(world.model)
+        world, holding = self.world, self.loop.holding
+        if holding is None or not holding.holds_any:
+            # else a job may have come to its end before this, and have been held since
+            world.mark, world.before = len(world.written), bytes(world.model)
 
         async def look() -> None:
             world.progress()
@@ -222,11 +233,35 @@ class JobsMachine(RuleBasedStateMachine):
     def look(self, number: int) -> None:
         self._do(self.world.look, number, 0, LARGEST)
 
-    @rule(seconds=st.sampled_from([0.2, 1.0, 6.0]))
+    @rule(seconds=st.sampled_from([0.2, 1.0, 6.0, 45.0]))
     def time_passes(self, seconds: float) -> None:
         assert self.loop is not None
         self.loop.let_pass(seconds)
         self._do(trio.lowlevel.checkpoint)
+
+    @rule()
+    def flush_behind(self) -> None:
+        """One that may still be under way when the next things are done."""
+        assert self.loop is not None
+        self.loop.tell(self.world.flush_behind)
+
+    @rule(what=st.sampled_from(["rest", "settle", "compact"]))
+    def behind(self, what: str) -> None:
+        self._do(self._behind, what)
+
+    async def _behind(self, what: str) -> None:
+        if what == "settle":
+            await self.world.disk.settle()
+        elif what == "compact":
+            await self.world.compact()
+        elif what == "rest":
+            self.world.rest()
+        else:
+            self.world.flush_behind()
+
+    @rule(number=st.integers(0, DEEPEST))
+    def neighbour(self, number: int) -> None:
+        self._do(self.world.neighbour, number)
 
     @rule(things=BUSY)
     def much_at_once(self, things: list[Thing]) -> None:
@@ -245,13 +280,27 @@ class JobsMachine(RuleBasedStateMachine):
                     if any(start < offset + length and offset < end for start, end in taken):
                         continue
                     taken.append((offset, offset + length))
-                if kind in ("zero", "discard"):
-                    nursery.start_soon(self._later, delay, partial(world.zero, offset, length, kind == "discard"))
+                if kind in ("rest", "settle", "compact", "flush_behind"):
+                    nursery.start_soon(self._later, delay, partial(self._behind, kind))
+                elif kind == "shrink":
+                    nursery.start_soon(self._later, delay, partial(world.shrink_by, length))
+                elif kind == "neighbour":
+                    nursery.start_soon(self._later, delay, partial(world.neighbour, place[0]))
+                elif kind in ("zero", "discard"):
+                    nursery.start_soon(
+                        self._later,
+                        delay,
+                        partial(self._if_there, offset, length, partial(world.zero, offset, length, kind == "discard")),
+                    )
                 elif kind == "write":
                     data = fresh_bytes(1000 * len(world.written) + number, length)
-                    nursery.start_soon(self._later, delay, partial(world.write, offset, data))
+                    nursery.start_soon(
+                        self._later, delay, partial(self._if_there, offset, length, partial(world.write, offset, data))
+                    )
                 elif kind == "read":
-                    nursery.start_soon(self._later, delay, partial(world.read, offset, length))
+                    nursery.start_soon(
+                        self._later, delay, partial(self._if_there, offset, length, partial(world.read, offset, length))
+                    )
                 elif kind == "look":
                     nursery.start_soon(self._later, delay, partial(world.look, place[0], offset, length))
                 elif kind == "flush":
@@ -260,6 +309,11 @@ class JobsMachine(RuleBasedStateMachine):
                     nursery.start_soon(self._later, delay, partial(world.grow_by, length, LARGEST))
                 else:
                     nursery.start_soon(self._later, delay, partial(self._steer, kind, 1 + place[0] % 4))
+
+    async def _if_there(self, offset: int, length: int, what: Callable[[], Any]) -> None:
+        """Do something with a range, unless the disk has become too small for that."""
+        if offset + length <= len(self.world.model):
+            await what()
 
     async def _later(self, delay: int, what: Callable[[], Any]) -> None:
         for _ in range(delay):
@@ -370,6 +424,11 @@ class JobsMachine(RuleBasedStateMachine):
     def grow(self, sectors: int) -> None:
         self._do(self.world.grow_by, sectors * 512, LARGEST)
 
+    @precondition(no_jobs)
+    @rule(sectors=st.integers(1, 600))
+    def shrink(self, sectors: int) -> None:
+        self._do(self.world.shrink_by, sectors * 512)
+
     @rule(on=st.booleans())
     def copy_on_read(self, on: bool) -> None:
         assert self.loop is not None
@@ -387,6 +446,8 @@ def small_steps() -> Iterator[None]:
         for name, value in (("FIRM_STEP", STEP), ("BATCH", BATCH), ("WINDOW", WINDOW)):
             patches.setattr(commit, name, value)
         patches.setattr(stream, "WINDOW", WINDOW)
+        # who rests keeps nothing
+        patches.setattr(metacache, "RESTING_BOUND", 0)
         steady_steps(patches, STEP)
         yield
 

@@ -8,6 +8,8 @@ import logging
 import os
 from array import array
 
+import trio
+
 from cowfs.block.check import CheckResult, Repair
 from cowfs.block.extent import NO_OFFSET, Kind
 from cowfs.block.freespace import FreeRuns
@@ -306,7 +308,9 @@ class QedImage(TwoLevelImage):
         await self.quiesce()
         free = self.space.free.total
         if free and min(free, self.space.end - free) <= SETTLE_BYTES >> self.cluster_bits:
-            await self.compact()
+            # broken off, it would leave leaks for the next one who opens the image to find
+            with trio.CancelScope(shield=True):
+                await self.compact()
         if self.space.free.total or not self.knows_free or not self.tables.is_clean:
             return
         if self.storage.length > (end := self.space.end << self.cluster_bits):
