@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from crashkinds import KINDS
+from crashkinds import HELD, KINDS
 
 from cowfs import __version__
 from cowfs.cli.main import COMMANDS, group
@@ -128,4 +128,4 @@ def test_every_crash_point_names_what_tries_it() -> None:
         assert kinds <= set(KINDS), row
         assert kinds or "``tests/" in cells[3] or cells[3].strip() in ("the same", "Tried by"), row
         found |= kinds
-    assert found == set(KINDS)
+    assert found == {kind for kind in KINDS if not kind.startswith(HELD)}

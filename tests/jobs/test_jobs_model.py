@@ -178,7 +178,8 @@ class JobsMachine(RuleBasedStateMachine):
         """Do it, and look at everything."""
         assert self.loop is not None
         world, holding = self.world, self.loop.holding
-        if holding is None or not holding.holds_any:
+        is_over = world.running is not None and not world.running.job.state.is_active
+        if not is_over and (holding is None or not holding.holds_any):
             # else a job may have come to its end before this, and have been held since
             world.mark, world.before = len(world.written), bytes(world.model)
 
