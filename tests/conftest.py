@@ -50,6 +50,8 @@ def _slow_down(config: pytest.Config, seconds: float) -> None:
     """Have all that this process starts, the workers too, wait so long at most at each fsync."""
     directory = Path(tempfile.mkdtemp(prefix="cowfs-slow-disk-"))
     config.add_cleanup(lambda: shutil.rmtree(directory))
+    # of tests that are other users, too
+    directory.chmod(0o755)
     host = SlowHost(build(directory), directory)
     host.flushes.behaves(delay=seconds)
     os.environ.update(host.environment)
