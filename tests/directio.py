@@ -1,5 +1,6 @@
 """Flat files past the kernel's cache, which could say what the server does not."""
 
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -8,6 +9,12 @@ from typing import Self
 from commandline import qemu_img, qemu_io
 
 CLUSTER = 64 << 10
+
+
+def require_whole(done: int, length: int) -> None:
+    """Raise EIO for a call that came short, as it does if the server dies in the middle."""
+    if done < length:
+        raise OSError(errno.EIO, f"{done} bytes in place of {length}")
 
 
 class Direct:
@@ -27,11 +34,11 @@ class Direct:
     def write(self, offset: int, data: bytes) -> None:
         part = self._buffer[: len(data)]
         part[:] = data
-        assert os.pwritev(self.descriptor, [part], offset) == len(data)
+        require_whole(os.pwritev(self.descriptor, [part], offset), len(data))
 
     def read(self, offset: int, length: int = CLUSTER) -> bytes:
         part = self._buffer[:length]
-        assert os.preadv(self.descriptor, [part], offset) == length
+        require_whole(os.preadv(self.descriptor, [part], offset), length)
         return bytes(part)
 
     def sync(self) -> None:

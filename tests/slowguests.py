@@ -8,7 +8,7 @@ from pathlib import Path
 
 from commandline import ok, qemu_img
 from crashing import Guest as Model
-from directio import Direct
+from directio import Direct, require_whole
 from fallocating import PUNCH_HOLE, fallocate
 from mounting import Mounted, wait_for
 
@@ -88,11 +88,12 @@ class Guest:
         if self._is_direct:
             self._disk.write(place, data)
         else:
-            assert os.pwrite(self._descriptor, data, place) == length
+            require_whole(os.pwrite(self._descriptor, data, place), length)
 
     def _read(self) -> None:
         place, at, length = self._somewhere()
         found = self._disk.read(place, length) if self._is_direct else os.pread(self._descriptor, length, place)
+        require_whole(len(found), length)
         assert found == self._model.now[at : at + length], place
 
     def _discard(self) -> None:

@@ -132,7 +132,8 @@ def test_a_round_measures_every_peer_and_leaves_nothing_behind(tmp_path: Path) -
 
 @pytest.mark.needs("root", "fuse", "loop", "gcc", "ip", "nsenter", "qemu-nbd", "qemu-img", "mkfs.ext4", "nbdcopy")
 def test_images_on_another_host_are_measured_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    figures, scratch = tmp_path / "run.json", tmp_path / "scratch"
+    # a short name, since sockets lie in it
+    figures, scratch = tmp_path / "run.json", tmp_path / "s"
     scratch.mkdir()
     # QEMU's export is a package of its own, which is not there wherever tests are
     words: list[str | Path] = ["--quick", "--without-qemu", "--delay", "2", "--folder", scratch, "--json", figures]

@@ -241,7 +241,7 @@ async def test_one_that_fails_or_is_cancelled_harms_no_other_and_leaks_nothing(f
 
 async def test_all_fail_and_the_next_one_succeeds(format: str) -> None:
     async with scene(format) as s:
-        s.storage.failures["write"] = [StorageError("no space", errno=28) for _ in range(TABLES - 1)]
+        s.storage.failures["write"] = [StorageError("unplugged", errno=5) for _ in range(TABLES - 1)]
         for number in range(TABLES - 1):
             await s.write_or_note(number * s.span)
         assert len(s.errors) == TABLES - 1

@@ -66,7 +66,7 @@ READ: dict[str, tuple[Golden, str]] = {
     ),
     "compressed data beyond the file": (
         Golden().put(L2 + 8, COMPRESSED | 1 << 40),
-        "a compressed cluster cannot be unpacked: its bytes are no deflate data",
+        "a compressed cluster reaches beyond the end of the file, which has been cut short",
     ),
     "compressed data in zeros": (
         Golden().put(L2 + 8, COMPRESSED | SNAPSHOTS),
