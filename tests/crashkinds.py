@@ -7,6 +7,7 @@ import random
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
 import crashchains
@@ -31,6 +32,7 @@ from cowfs.jobs import commit as commit_job
 from cowfs.jobs.commit import Commit
 from cowfs.jobs.job import State
 from cowfs.jobs.stream import Stream
+from cowfs.storage import host
 
 SECTOR = 512
 #: when snapshots are made
@@ -367,11 +369,18 @@ def try_states(
 ) -> Outcome:
     """Record one run and look at states of it; ``qemu`` is the share that QEMU looks at too.
 
-    The same run is the same again: trio, which runs tasks in random order, is told which.
+    The same run is the same again: trio, which runs tasks in random order, is told which, and nothing is done in
+    threads, which take as long as they like.
     """
     _run._r.seed(f"{kind} {variant} {seed}")
-    with patch.object(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True):
+    with patch.object(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True), patch.object(host, "ask", _ask_here):
         return trio.run(_try_states, kind, variant, seed, moments, losses, qemu, only)
+
+
+async def _ask_here(call: Callable[..., Any], *args: object, file: str, undo: object = None) -> Any:
+    """`host.ask` without a thread."""
+    await trio.lowlevel.checkpoint()
+    return call(*args)
 
 
 async def _try_states(
