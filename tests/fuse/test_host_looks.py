@@ -20,6 +20,8 @@ from cowfs.storage import FileStorage, create_storage, host, open_storage
 pytestmark = pytest.mark.needs("qemu-img")
 
 #: functions of ``os`` that follow a name or ask a file system about a descriptor, those with and without audit events
+#: where code is loaded from when it is first needed
+_CHECKOUT = str(Path(__file__).parents[2])
 _CALLS = [
     *("stat", "lstat", "statvfs", "readlink", "access", "open", "unlink", "rename", "replace", "link", "symlink"),
     *("mkdir", "rmdir", "listdir", "scandir", "truncate", "utime", "chmod", "chown", "pathconf"),
@@ -41,7 +43,7 @@ class Looks:
         if isinstance(path, (str, bytes, os.PathLike)):
             name = os.fsdecode(path)
             # what the program itself is made of, and this process's own files in /proc
-            if not name.startswith((sys.prefix, sys.base_prefix, "/proc/self/", "/work/", "/usr/lib")) and name != "/":
+            if not name.startswith((sys.prefix, sys.base_prefix, "/proc/self/", _CHECKOUT, "/usr/lib")) and name != "/":
                 self.found.append(f"{what} {name}")
 
 
